@@ -1,0 +1,82 @@
+# A thin skin over the console command `longtake`: each target prints the command that it runs.
+#   make train EXP=mebt_128f ARGS="--trainer.max_steps=1000 --data.batch_size=4"
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+LONGTAKE := $(VENV)/bin/longtake
+
+EXP ?=
+CKPT ?=
+TOKENIZER ?=
+RESUME ?=
+ARGS ?=
+
+EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
+CONFIG = --config experiments/$(EXP).yaml $(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test train sample tokenize export tensorboard lint format typecheck check clean _known_experiment
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= ARGS=\"--any.option=value ...\""
+	@echo "Experiments: $(EXPERIMENTS)"
+
+setup: $(STAMP) ## create .venv and install the pinned dependencies into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Longtake needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) -V 2>&1). Give another: make PYTHON=python3.12"; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## embedded video, tokenizer, MeBT, samples and numbers; CPU, under 10 minutes
+	$(LONGTAKE) demo $(ARGS)
+
+test: $(STAMP) ## run the whole test suite
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+_known_experiment:
+	@test -f "experiments/$(EXP).yaml" || \
+		{ echo "There is no experiment '$(EXP)'. EXP= one of: $(EXPERIMENTS)"; exit 1; }
+
+ifdef RESUME
+train: $(STAMP) ## train EXP=... on all devices, or go on with RESUME=runs/<experiment>/version_<n>
+	$(LONGTAKE) fit --resume $(RESUME) $(ARGS)
+else
+train: $(STAMP) _known_experiment
+	$(LONGTAKE) fit $(CONFIG) $(ARGS)
+endif
+
+sample: $(STAMP) _known_experiment ## videos from EXP=... CKPT=...: mp4s, a contact sheet, samples.json
+	@test -f "$(CKPT)" || { echo "CKPT='$(CKPT)' is no file. CKPT= a checkpoint, e.g. runs/$(EXP)/version_0/checkpoints/last.ckpt"; exit 1; }
+	$(LONGTAKE) sample $(CONFIG) --ckpt_path $(CKPT) $(ARGS)
+
+tokenize: $(STAMP) _known_experiment ## codes of all clips of EXP=..., computed once; OUT= the folder
+	$(LONGTAKE) tokenize $(CONFIG) --out $(OUT) $(ARGS)
+
+export: $(STAMP) ## turn the tokenizer checkpoint CKPT=... into the bundle OUT=weights/<name>
+	$(LONGTAKE) export $(CKPT) $(OUT)
+
+tensorboard: $(STAMP) ## curves and moving samples of all runs
+	$(VENV)/bin/tensorboard --logdir runs $(ARGS)
+
+lint: $(STAMP) ## formatter and linter, without changing anything
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+format: $(STAMP) ## format, and repair what the linter can
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+typecheck: $(STAMP) ## mypy over the packages
+	$(VENV)/bin/mypy
+
+check: lint typecheck test ## lint, types and tests: what CI runs
+
+clean: ## remove caches and build products; runs/, weights/ and .venv stay
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,167 @@
+"""Videos as things to look at: grids, animated GIFs, MP4 files, contact sheets, TensorBoard summaries.
+
+Videos come as `[B, 3, T, H, W]`, float in [-1, 1] or uint8; what is written are frames `[T, H, W, 3]` uint8, RGB.
+"""
+
+import io
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+BORDER_PIXELS = 2
+BORDER_COLOUR = 255  # white: generated videos are darker more often than not
+MIN_SHEET_PIXELS = 64
+MAX_PALETTE_PIXELS = 1 << 18  # enough to find 255 colours in; a long grid of videos has tens of millions of pixels
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """Map a float video in [-1, 1] to uint8 in host memory: `round((x + 1) * 127.5)`.
+
+    Values outside are clamped, halves are rounded to even, so that `u / 127.5 - 1` comes back as `u` exactly. NaN is
+    black: a run that diverged still has pictures. A uint8 video is passed through.
+
+    Args:
+        video: `[B, 3, T, H, W]` floating in [-1, 1], or uint8.
+
+    Returns:
+        `[B, 3, T, H, W]` uint8 on the CPU.
+    """
+    if video.dtype == torch.uint8:
+        return video.detach().cpu()
+    video = video.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1)
+    return ((video + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def tile(video: Tensor, columns: int) -> np.ndarray:
+    """Lay videos out as a grid that moves, row by row, with a thin border around each.
+
+    Args:
+        video: `[B, 3, T, H, W]` floating in [-1, 1], or uint8.
+        columns: videos in a row.
+
+    Returns:
+        `[T, H', W', 3]` uint8 with `H' = rows * (H + 2) + 2` and `W' = columns * (W + 2) + 2`; cells without a video
+        have the border's colour.
+    """
+    pixels = to_uint8(video)
+    rows = math.ceil(len(pixels) / columns)
+    pixels = F.pad(pixels, (BORDER_PIXELS, 0, BORDER_PIXELS, 0), value=BORDER_COLOUR)  # left and top of each video
+    empty = pixels.new_full((rows * columns - len(pixels), *pixels.shape[1:]), BORDER_COLOUR)
+    grid = rearrange(torch.cat([pixels, empty]), "(r c) rgb t h w -> rgb t (r h) (c w)", c=columns)
+    grid = F.pad(grid, (0, BORDER_PIXELS, 0, BORDER_PIXELS), value=BORDER_COLOUR)  # right and bottom of the grid
+    return rearrange(grid, "rgb t h w -> t h w rgb").contiguous().numpy()
+
+
+def gif_bytes(frames: np.ndarray, fps: float) -> bytes:
+    """Encode frames as an animated GIF that loops for ever.
+
+    One palette of 255 colours is made for the whole video, and no pixel is dithered: what stands still does not
+    flicker, and is stored once (as the 256th entry, transparent). A frame that equals its predecessor prolongs it
+    instead of being stored.
+
+    Args:
+        frames: `[T, H, W, 3]` uint8.
+        fps: frames a second; GIF counts in hundredths of a second, and browsers slow down above 50.
+
+    Returns:
+        The file's bytes, which begin with `GIF89a`.
+    """
+    colours = frames.reshape(-1, 3)
+    stride = len(colours) // MAX_PALETTE_PIXELS | 1  # odd, so as not to walk down the same columns of every frame
+    palette = Image.fromarray(colours[None, ::stride]).quantize(255, Image.Quantize.MEDIANCUT)
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    data = io.BytesIO()
+    duration_ms = max(20, 10 * round(100 / fps))
+    images[0].save(
+        data,
+        "GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=duration_ms,
+        loop=0,
+        optimize=False,  # would renumber the colours of each frame, which costs more than it saves
+    )
+    return data.getvalue()
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Write frames as an MP4 that browsers play: H.264 (crf 18) where FFmpeg has libx264, otherwise MPEG-4.
+
+    Missing folders are made. The file appears under its name only when it is complete. Odd sizes are made even, as
+    yuv420p asks for, by repeating the last row or column.
+
+    Args:
+        path: the file to write; an existing one is replaced.
+        frames: `[T, H, W, 3]` uint8.
+        fps: frames a second.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            rate = Fraction(fps).limit_denominator(1001)
+            if "libx264" in av.codecs_available:
+                stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+            else:
+                # constant quality 2 of 1..31, in FFmpeg's units of 118
+                stream = container.add_stream("mpeg4", rate=rate, options={"flags": "+qscale", "global_quality": "236"})
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())  # what the encoder holds back
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def contact_sheet(video: Tensor, columns: int = 8) -> Image.Image:
+    """Show videos as still frames: one video a row, evenly spaced frames, the first and the last among them.
+
+    Small frames are enlarged by a whole factor, without smoothing, to at least 64 pixels.
+
+    Args:
+        video: `[B, 3, T, H, W]` floating in [-1, 1], or uint8.
+        columns: frames in a row; all of them if the video has fewer.
+
+    Returns:
+        An RGB image of `B` rows.
+    """
+    pixels = to_uint8(video)
+    num_frames, height, width = pixels.shape[2:]
+    shown = np.linspace(0, num_frames - 1, min(columns, num_frames)).round().astype(int)
+    scale = math.ceil(MIN_SHEET_PIXELS / min(height, width))  # 1 if they are large enough
+    pixels = pixels[:, :, shown].repeat_interleave(scale, dim=3).repeat_interleave(scale, dim=4)
+    cells = rearrange(pixels, "b rgb t h w -> (b t) rgb 1 h w")
+    return Image.fromarray(tile(cells, columns=len(shown))[0])
+
+
+def write_gif_summary(writer: SummaryWriter, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
+    """Write frames to TensorBoard as an animated GIF, which its Images tab plays.
+
+    `SummaryWriter.add_video` writes nothing, without an error, when moviepy is missing or of version 2
+    (pytorch/pytorch#147317); this is the same summary, made with Pillow.
+
+    Args:
+        writer: an open writer, such as `TensorBoardLogger.experiment` on rank 0.
+        tag: name of the summary, such as `samples/video`.
+        frames: `[T, H, W, 3]` uint8.
+        fps: frames a second.
+        step: position on TensorBoard's step axis.
+    """
+    _, height, width, _ = frames.shape
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif_bytes(frames, fps))
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

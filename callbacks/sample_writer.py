@@ -1,0 +1,66 @@
+"""Writes generated videos to a folder while they come."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from callbacks.media import contact_sheet, tile, to_uint8, write_mp4
+
+
+class SampleWriter(BasePredictionWriter):
+    """One mp4 for each seed, a contact sheet, and what the samples are as JSON.
+
+    Args:
+        folder: Where to write; created if need be.
+        fps: Frames a second.
+        about: Plain values to write into `samples.json` beside the seeds and the seconds.
+        num_on_sheet: Videos on the contact sheet, at most.
+    """
+
+    def __init__(self, folder: Path, fps: int, about: dict[str, Any], num_on_sheet: int = 16) -> None:
+        super().__init__(write_interval="batch")
+        self.folder = folder
+        self.fps = fps
+        self.about = about
+        self.num_on_sheet = num_on_sheet
+        self.shown: list[torch.Tensor] = []
+        self.seeds: list[int] = []
+        self.started = 0.0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: dict[str, torch.Tensor],
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the videos `[B, 3, T, H, W]` of one batch, each named by its seed."""
+        videos = to_uint8(prediction["video"])
+        for seed, video in zip(prediction["seeds"].tolist(), videos, strict=True):
+            write_mp4(self.folder / f"seed={seed:06d}.mp4", tile(video[None], columns=1), self.fps)
+            self.seeds.append(seed)
+            if len(self.shown) < self.num_on_sheet:
+                self.shown.append(video)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the contact sheet and the numbers; rank 0 writes of its own samples."""
+        if not trainer.is_global_zero:
+            return
+        videos = torch.stack(self.shown)
+        contact_sheet(videos).save(self.folder / "contact_sheet.png")
+        write_mp4(self.folder / "grid.mp4", tile(videos, columns=4), self.fps)
+        seconds = time.perf_counter() - self.started
+        about = self.about | {"seconds_per_video": seconds / len(self.seeds), "seeds": sorted(self.seeds)}
+        (self.folder / "samples.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -1,0 +1,276 @@
+"""Moving shapes: an embedded data set that needs no files, for demos, tests and quick experiments.
+
+Coloured shapes move at constant speed through a textured box and bounce off its walls. All geometry is in units of the
+box (x to the right, y down, both in [0, 1]), so that a clip looks the same at every resolution. The path of a bouncing
+shape has a closed form, so that any range of frames is drawn without the ones before it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.sampler import ClipRequest, make_item
+from datamodules.video import Split, VideoDataModule
+from models.random import keyed_generator
+
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = ("horizontal", "vertical", "diagonal")
+CLASS_NAMES = tuple(f"{motion} {shape}" for shape in SHAPES for motion in MOTIONS)
+COLOURS = {
+    "red": (1.0, -1.0, -1.0),
+    "yellow": (1.0, 1.0, -1.0),
+    "green": (-1.0, 1.0, -1.0),
+    "cyan": (-1.0, 1.0, 1.0),
+    "blue": (-1.0, -1.0, 1.0),
+    "magenta": (1.0, -1.0, 1.0),
+}
+MAX_FRAMES = 512
+
+_STREAMS = {"train": 111, "val": 112}
+_PALETTE = torch.tensor(list(COLOURS.values()))  # [6, 3]
+_VELOCITY = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]], dtype=torch.float64)  # [motion, xy]
+_TEXTURE_WAVES = 5
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The truth about a clip of O objects, front to back: object 0 is never hidden and gives the label.
+
+    Args:
+        label: index into `CLASS_NAMES`: shape kind x number of motions + motion kind, of object 0.
+        shapes: `[O]` int64, index into `SHAPES`.
+        motions: `[O]` int64, index into `MOTIONS`.
+        colours: `[O]` int64, index into `COLOURS`; no two objects of a clip share one.
+        radii: `[O]` float64, half the width and height of the objects, in units of the box.
+        positions: `[O, T, 2]` float64, centres (x, y) in units of the box.
+    """
+
+    label: int
+    shapes: Tensor
+    motions: Tensor
+    colours: Tensor
+    radii: Tensor
+    positions: Tensor
+
+
+class MovingShapes(Dataset[dict[str, Any]]):
+    """Clip i of a split is a pure function of (seed, split, i); it is the same in every epoch.
+
+    A shape's motion is horizontal, vertical or diagonal (equal speed along both axes). Its phase is uniform along its
+    bouncing path, direction included. Kinds are uniform; a clip's label is that of its front object.
+
+    Args:
+        split: `train` or `val`.
+        num_clips: size of the data set.
+        num_frames: frames of a clip, up to 512.
+        frame_stride: frame k of a clip shows time k x frame_stride.
+        resolution: height and width, at least 32 pixels.
+        seed: key of everything.
+        min_objects: least number of shapes.
+        max_objects: largest number of shapes, up to 6.
+        speed: least and largest speed, in box widths per unit of time.
+        size: least and largest half-width of a shape, in box widths.
+        texture: strength of the background's pattern, from 0 (flat, -0.5) to 1 (between -1 and 0).
+
+    Raises:
+        ValueError: if an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        num_clips: int,
+        num_frames: int = 16,
+        frame_stride: int = 1,
+        resolution: int = 64,
+        seed: int = 0,
+        min_objects: int = 1,
+        max_objects: int = 3,
+        speed: tuple[float, float] = (0.02, 0.06),
+        size: tuple[float, float] = (0.1, 0.2),
+        texture: float = 0.3,
+    ) -> None:
+        checks = {
+            f"num_frames={num_frames}: from 1 to {MAX_FRAMES}": 1 <= num_frames <= MAX_FRAMES,
+            f"resolution={resolution}: at least 32": resolution >= 32,
+            f"min_objects={min_objects}, max_objects={max_objects}: 1 <= min <= max <= {len(COLOURS)}": 1
+            <= min_objects
+            <= max_objects
+            <= len(COLOURS),
+            f"speed={speed}: 0 <= least <= largest": 0 <= speed[0] <= speed[1],
+            f"size={size}: 0 < least <= largest < 0.5": 0 < size[0] <= size[1] < 0.5,
+            f"texture={texture}: from 0 to 1": 0 <= texture <= 1,
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise ValueError(f"Moving shapes cannot be drawn with {rule} (--data.{rule.split('=')[0]}).")
+        self.split = split
+        self.num_clips = num_clips
+        self.num_frames = num_frames
+        self.frame_stride = frame_stride
+        self.resolution = resolution
+        self.seed = seed
+        self.min_objects = min_objects
+        self.max_objects = max_objects
+        self.speed = speed
+        self.size = size
+        self.texture = texture
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        count = self.num_frames - request.read_start if request.read_frames is None else request.read_frames
+        scene = self.ground_truth(request.index, request.read_start, count)
+        return make_item(request, self._draw(request.index, scene), scene.label)
+
+    def render(self, index: int, start: int = 0, num_frames: int | None = None) -> Tensor:
+        """Return frames `[start, start + num_frames)` of a clip, by default all, as `[3, T, H, W]` in [-1, 1]."""
+        count = self.num_frames - start if num_frames is None else num_frames
+        return self._draw(index, self.ground_truth(index, start, count))
+
+    def ground_truth(self, index: int, start: int = 0, num_frames: int | None = None) -> Scene:
+        """Return what the frames `[start, start + num_frames)` of a clip show, by default all."""
+        count = self.num_frames - start if num_frames is None else num_frames
+        if not (0 <= index < self.num_clips and start >= 0 and start + count <= MAX_FRAMES):
+            raise IndexError(
+                f"Clip {index}, frames [{start}, {start + count}) do not exist: "
+                f"there are {self.num_clips} clips of up to {MAX_FRAMES} frames."
+            )
+        generator = keyed_generator(self.seed, _STREAMS[self.split], index)
+        objects = int(torch.randint(self.min_objects, self.max_objects + 1, (), generator=generator))
+        shapes = torch.randint(len(SHAPES), (objects,), generator=generator)
+        motions = torch.randint(len(MOTIONS), (objects,), generator=generator)
+        colours = torch.randperm(len(COLOURS), generator=generator)[:objects]
+        uniform = torch.rand(objects, 4, generator=generator, dtype=torch.float64)
+        radii = self.size[0] + (self.size[1] - self.size[0]) * uniform[:, 0]
+        speeds = self.speed[0] + (self.speed[1] - self.speed[0]) * uniform[:, 1]
+
+        # A triangle wave: on the circle of circumference 2 x span, where the second half is the way back.
+        time = torch.arange(start, start + count, dtype=torch.float64) * self.frame_stride  # [T]
+        span = (1 - 2 * radii)[:, None, None]  # [O, 1, 1]
+        velocity = (speeds[:, None] * _VELOCITY[motions])[:, None]  # [O, 1, 2]
+        phase = uniform[:, None, 2:] * 2 * span  # [O, 1, 2]
+        distance = (phase + velocity * time[:, None]) % (2 * span)  # [O, T, 2]
+        positions = radii[:, None, None] + span - (distance - span).abs()  # [O, T, 2]
+        label = int(shapes[0]) * len(MOTIONS) + int(motions[0])
+        return Scene(label, shapes, motions, colours, radii, positions)
+
+    def _draw(self, index: int, scene: Scene) -> Tensor:
+        frames, resolution = scene.positions.shape[1], self.resolution
+        background = self._background(index)  # [3, H, W]
+        video = background[:, None].repeat(1, frames, 1, 1)  # [3, T, H, W]
+        pixels = video.view(3, -1)
+        frame_offset = torch.arange(frames)[:, None, None] * resolution**2  # [T, 1, 1]
+        for i in reversed(range(len(scene.shapes))):  # back to front
+            # One window per frame, large enough for the shape and its smooth edge. Pixel p's centre is at p + 0.5.
+            radius = float(scene.radii[i]) * resolution
+            centres = scene.positions[i] * resolution - 0.5  # [T, 2]
+            side = min(int(2 * radius) + 4, resolution)
+            corner = (centres - (side - 1) / 2).round().long().clamp(0, resolution - side)  # [T, 2]
+            grid = corner[:, :, None] + torch.arange(side)  # [T, 2, P]
+            x, y = (grid - centres[:, :, None]).float().unbind(1)  # [T, P] each, from the centre, in pixels
+            distance = _signed_distance(int(scene.shapes[i]), x[:, None, :], y[:, :, None], radius)  # [T, P, P]
+            # Only products and sums of single elements below: exact, whatever else is drawn in the same call.
+            coverage = (0.5 - distance).clamp(0, 1).flatten()  # [T P P]
+            where = (frame_offset + grid[:, 1, :, None] * resolution + grid[:, 0, None, :]).flatten()  # [T P P]
+            under = pixels[:, where]  # [3, T P P]
+            pixels[:, where] = under + (_PALETTE[scene.colours[i], :, None] - under) * coverage
+        return video
+
+    def _background(self, index: int) -> Tensor:
+        # A stream of its own: what the background draws does not depend on how much the objects drew.
+        generator = keyed_generator(self.seed, _STREAMS[self.split], index, 1)
+        amplitudes = torch.rand(3, _TEXTURE_WAVES, _TEXTURE_WAVES, generator=generator) * 2 - 1  # [C, y, x]
+        amplitudes /= amplitudes.square().sum((1, 2), keepdim=True).sqrt()
+        position = (torch.arange(self.resolution) + 0.5) / self.resolution
+        waves = torch.cos(torch.pi * torch.arange(_TEXTURE_WAVES)[:, None] * position)  # [wave, W]
+        texture = (waves.T @ amplitudes @ waves).clamp(-1, 1)  # [3, H, W]
+        return 0.5 * (self.texture * texture - 1)
+
+
+def _signed_distance(shape: int, x: Tensor, y: Tensor, radius: float) -> Tensor:
+    """Distance to the outline of a shape that fills `[-radius, radius]^2`, negative inside.
+
+    Exact inside and along the sides; past a corner it is the distance to the nearer side's line, which draws corners
+    sharp.
+    """
+    match SHAPES[shape]:
+        case "circle":
+            return (x.square() + y.square()).sqrt() - radius
+        case "square":
+            return torch.maximum(x.abs(), y.abs()) - radius
+        case "triangle":  # tip up; the sides run from (0, -radius) to (+-radius, radius)
+            slanted = (2 * x.abs() - y - radius) * 5**-0.5
+            return torch.maximum(slanted, y - radius)
+        case _:  # cross, with arms a third as thick as long
+            ax, ay = x.abs(), y.abs()
+            across = torch.maximum(ax - radius, ay - radius / 3)
+            return torch.minimum(across, torch.maximum(ax - radius / 3, ay - radius))
+
+
+class MovingShapesDataModule(VideoDataModule):
+    """Moving shapes (embedded, no files): see `MovingShapes`.
+
+    Args:
+        num_train: training clips.
+        num_val: validation clips, different ones.
+        num_frames: frames of a clip, up to 512.
+        frame_stride: frame k of a clip shows time k x frame_stride.
+        resolution: height and width, at least 32 pixels.
+        min_objects: least number of shapes in a clip.
+        max_objects: largest number of shapes in a clip, up to 6.
+        speed: least and largest speed, in box widths per unit of time.
+        size: least and largest half-width of a shape, in box widths.
+        texture: strength of the background's pattern, from 0 (flat, -0.5) to 1 (between -1 and 0).
+        batch_size: training clips per batch and process.
+        val_batch_size: validation clips per batch and process, `batch_size` by default.
+        num_workers: worker processes per loader; 0 draws in the main process.
+        seed: key of the clips and of the data order.
+    """
+
+    class_names = CLASS_NAMES
+
+    def __init__(
+        self,
+        num_train: int = 4096,
+        num_val: int = 256,
+        num_frames: int = 16,
+        frame_stride: int = 1,
+        resolution: int = 64,
+        min_objects: int = 1,
+        max_objects: int = 3,
+        speed: tuple[float, float] = (0.02, 0.06),
+        size: tuple[float, float] = (0.1, 0.2),
+        texture: float = 0.3,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_frames, frame_stride, resolution, batch_size, val_batch_size, num_workers, seed)
+        self.sizes = {"train": num_train, "val": num_val}
+        self.min_objects = min_objects
+        self.max_objects = max_objects
+        self.speed = speed
+        self.size = size
+        self.texture = texture
+
+    def make_dataset(self, split: Split) -> MovingShapes:
+        """Return the clips of a split."""
+        return MovingShapes(
+            split,
+            self.sizes[split],
+            self.num_frames,
+            self.frame_stride,
+            self.resolution,
+            self.seed,
+            self.min_objects,
+            self.max_objects,
+            self.speed,
+            self.size,
+            self.texture,
+        )

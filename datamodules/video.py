@@ -1,0 +1,303 @@
+"""What all video data modules share: clips of video files, and the loaders of any data set of clips."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.decoding import UnreadableVideoError, VideoInfo, iter_frames
+from datamodules.sampler import (
+    ClipBatchSampler,
+    ClipRequest,
+    Curriculum,
+    ResumableLoader,
+    ValidationBatchSampler,
+    collate_clips,
+    make_item,
+)
+from models.random import keyed_generator
+
+Split = Literal["train", "val"]
+
+_START_STREAM, _CROP_STREAM, _FLIP_STREAM, _SUBSTITUTE_STREAM = 121, 122, 123, 124
+_SUBSTITUTES = 10
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video of a data set.
+
+    Args:
+        path: a file, or a folder of frames.
+        label: its class.
+        num_frames: how many frames it has.
+        key_frames: frames at which decoding may begin.
+    """
+
+    path: Path
+    label: int
+    num_frames: int
+    key_frames: tuple[int, ...] = (0,)
+
+    def frames(self, start: int, count: int, stride: int) -> Iterator[np.ndarray]:
+        """Yield frames `start, start + stride, ...` as uint8 `[H, W, 3]`.
+
+        Raises:
+            UnreadableVideoError: if one of them cannot be read.
+        """
+        return iter_frames(self.path, start, count, stride, self.key_frames)
+
+
+def indexed_videos(labels: Mapping[Path, int], index: Mapping[Path, VideoInfo | str]) -> list[Video]:
+    """Return the readable videos of an index, in the order of `labels`, and warn of the others."""
+    reasons = [info for path in labels if isinstance(info := index[path], str)]
+    if reasons:
+        rank_zero_warn(
+            f"{len(reasons)} of {len(labels)} videos cannot be read and are left out, such as: {'; '.join(reasons[:3])}"
+        )
+    return [
+        Video(path, label, info.num_frames, info.key_frames)
+        for path, label in labels.items()
+        if isinstance(info := index[path], VideoInfo)
+    ]
+
+
+class VideoClips(Dataset[dict[str, Any]]):
+    """One clip a video and epoch: uniform over all starts that fit, from the key (seed, epoch, index).
+
+    Frames are resized so that the shorter side becomes `resolution`, and cropped to a square, at the centre or at a
+    place drawn from the key. Videos shorter than a clip are left out, and how many remain is logged. A video that
+    fails while it is read is replaced by another one, drawn from (seed, epoch, index, attempt); the item's index tells
+    which video it really shows.
+
+    Args:
+        videos: where the clips come from.
+        num_frames: frames of a clip.
+        frame_stride: distance of neighbouring frames of a clip in the video.
+        resolution: height and width, in pixels.
+        seed: key of all random choices.
+        antialias: whether the bilinear resize filters when it shrinks.
+        random_crop: whether to crop at a random place instead of the centre.
+        horizontal_flip: whether to mirror half of the clips.
+        name: what the log calls this data set.
+
+    Raises:
+        ValueError: if no video is long enough.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        num_frames: int,
+        frame_stride: int,
+        resolution: int,
+        seed: int,
+        antialias: bool = True,
+        random_crop: bool = False,
+        horizontal_flip: bool = False,
+        name: str = "data set",
+    ) -> None:
+        self.span = (num_frames - 1) * frame_stride + 1
+        self.videos = [video for video in videos if video.num_frames >= self.span]
+        length = f"{num_frames} frames at stride {frame_stride}"
+        if not self.videos:
+            longest = max((video.num_frames for video in videos), default=0)
+            raise ValueError(
+                f"{name}: none of {len(videos)} videos holds {length}; the longest has {longest} frames. "
+                "Lower --data.num_frames or --data.frame_stride."
+            )
+        rank_zero_info(f"{name}: {len(self.videos)} of {len(videos)} videos hold a clip of {length}.")
+        self.num_frames = num_frames
+        self.frame_stride = frame_stride
+        self.resolution = resolution
+        self.seed = seed
+        self.antialias = antialias
+        self.random_crop = random_crop
+        self.horizontal_flip = horizontal_flip
+        self._warned: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        candidate = request
+        for attempt in range(1, _SUBSTITUTES + 2):
+            try:
+                return make_item(candidate, self._read(candidate), self.videos[candidate.index].label)
+            except UnreadableVideoError as error:
+                if candidate.index not in self._warned:
+                    self._warned.add(candidate.index)
+                    _log.warning("Another video is used instead of one that cannot be read: %s", error)
+                last_error = error
+            position = self._uniform(_SUBSTITUTE_STREAM, request.epoch, request.index, attempt)
+            candidate = replace(request, index=int(position * len(self.videos)))
+        raise UnreadableVideoError(
+            f"{self.videos[request.index].path} and {_SUBSTITUTES} videos drawn in its place cannot be read, the last "
+            f"because of: {last_error}"
+        )
+
+    def start(self, index: int, epoch: int) -> int:
+        """Return the frame of the video at which its clip begins in an epoch."""
+        starts = self.videos[index].num_frames - self.span + 1
+        return int(self._uniform(_START_STREAM, epoch, index) * starts)
+
+    def _uniform(self, stream: int, *keys: int) -> float:
+        """Draw from [0, 1)."""
+        return float(torch.rand((), generator=keyed_generator(self.seed, stream, *keys), dtype=torch.float64))
+
+    def _read(self, request: ClipRequest) -> Tensor:
+        video, key = self.videos[request.index], (request.epoch, request.index)
+        start = self.start(request.index, request.epoch) + request.read_start * self.frame_stride
+        count = self.num_frames - request.read_start if request.read_frames is None else request.read_frames
+        place = [self._uniform(_CROP_STREAM, *key, axis) for axis in (1, 2)] if self.random_crop else None
+        # one by one: a long clip of a large video is never in memory whole
+        frames = [self._square(frame, place) for frame in video.frames(start, count, self.frame_stride)]
+        clip = torch.stack(frames, dim=1)  # [3, T, H, W]
+        if self.horizontal_flip and self._uniform(_FLIP_STREAM, *key) < 0.5:
+            clip = clip.flip(3)
+        return (clip / 127.5 - 1).clamp(-1, 1)
+
+    def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
+        """Resize the shorter side and crop, at the centre or elsewhere: uint8 `[h, w, 3]` to float `[3, H, W]`."""
+        image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()  # [1, 3, h, w]
+        shorter = min(image.shape[2:])
+        if shorter != self.resolution:
+            size = [round(side * self.resolution / shorter) for side in image.shape[2:]]
+            image = F.interpolate(image, size, mode="bilinear", antialias=self.antialias)
+        spare = [side - self.resolution for side in image.shape[2:]]
+        if place is None:
+            top, left = (pixels // 2 for pixels in spare)
+        else:
+            top, left = (int(share * (pixels + 1)) for share, pixels in zip(place, spare, strict=True))
+        return image[0, :, top : top + self.resolution, left : left + self.resolution]
+
+
+def _use_one_thread(worker_id: int) -> None:
+    torch.set_num_threads(1)
+
+
+class VideoDataModule(LightningDataModule):
+    """Batches of clips from a train and a val data set; the base of all video data modules.
+
+    A subclass says what its data sets are (`make_dataset`); order, ranks, resuming and curriculum are settled here.
+    Batches hold `video` float32 `[B, 3, T, H, W]` in [-1, 1], `label` int64 `[B]` and `index` int64 `[B]`; under a
+    curriculum training batches also hold the plain integers `window_start`, `window_frames` and `margin_before`.
+
+    Use it with `Trainer(use_distributed_sampler=False)`: the ranks share the clips out themselves.
+
+    Args:
+        num_frames: frames of a clip.
+        frame_stride: distance of neighbouring frames of a clip in the source video, 1 for all frames.
+        resolution: height and width of a clip, in pixels.
+        batch_size: training clips per batch and process.
+        val_batch_size: validation clips per batch and process, `batch_size` by default.
+        num_workers: worker processes per loader; 0 reads in the main process.
+        seed: key of the data order and of all random choices in clips.
+    """
+
+    def __init__(
+        self,
+        num_frames: int = 16,
+        frame_stride: int = 1,
+        resolution: int = 128,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        for name, value, least in (
+            ("num_frames", num_frames, 1),
+            ("frame_stride", frame_stride, 1),
+            ("resolution", resolution, 1),
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", self.val_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} is too small: at least {least} (--data.{name}).")
+        self.num_frames = num_frames
+        self.frame_stride = frame_stride
+        self.resolution = resolution
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.curriculum: Curriculum | None = None
+        self.datasets: dict[Split, Dataset[dict[str, Any]]] = {}
+
+    def make_dataset(self, split: Split) -> Dataset[dict[str, Any]]:
+        """Return the map-style data set of a split.
+
+        It has a length, and its item for a `ClipRequest` is `make_item(request, video, label)`: the requested frames of
+        the clip, float32 in [-1, 1]. It is pickled to worker processes.
+        """
+        raise NotImplementedError
+
+    def set_curriculum(self, frames_at: Callable[[int], int], margin_frames: int | None, frame_multiple: int) -> None:
+        """Let training use windows of changing length; validation keeps whole clips. Call it before fit.
+
+        Args:
+            frames_at: pure function from the optimizer step to the length of the window, in frames.
+            margin_frames: frames to read on each side of the window, clipped at the clip's ends; None reads all.
+            frame_multiple: the window starts at a multiple of this.
+        """
+        self.curriculum = Curriculum(frames_at, margin_frames, frame_multiple)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the data sets that the stage needs, once."""
+        splits: tuple[Split, ...] = ("train", "val") if stage in (None, "fit") else ("val",)
+        for split in splits:
+            if split not in self.datasets:
+                self.datasets[split] = self.make_dataset(split)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return shuffled training batches, resumable at any batch."""
+        options: dict[str, Any] = {}
+        if (trainer := self.trainer) is not None:
+            options = {
+                "rank": trainer.global_rank,
+                "world_size": trainer.world_size,
+                "accumulate_grad_batches": trainer.accumulate_grad_batches,
+                "limit_batches": trainer.limit_train_batches,
+                "reshuffle": not trainer.overfit_batches,  # type: ignore[attr-defined] # set outside its class
+            }
+        sampler = ClipBatchSampler(
+            self._size("train"), self.batch_size, self.num_frames, self.seed, curriculum=self.curriculum, **options
+        )
+        return ResumableLoader(self.datasets["train"], sampler, **self._loader_options())
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return validation batches in order, each clip whole."""
+        return self.ordered_dataloader("val")
+
+    def ordered_dataloader(self, split: Split) -> DataLoader[dict[str, Any]]:
+        """Return all clips of a split in order, each clip whole, as epoch 0 shows them, shared out to the ranks."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = ValidationBatchSampler(self._size(split), self.val_batch_size, rank, world_size)
+        return DataLoader(self.datasets[split], batch_sampler=sampler, **self._loader_options())
+
+    def _size(self, split: Split) -> int:
+        return len(self.datasets[split])  # type: ignore[arg-type] # torch's Dataset declares no length
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": _use_one_thread,
+            "collate_fn": collate_clips,
+            "pin_memory": torch.cuda.is_available(),
+        }

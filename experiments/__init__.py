@@ -1,0 +1,1 @@
+"""The experiments: one YAML file a run, and the commands that read them."""

@@ -1,0 +1,72 @@
+"""The console command `longtake`: small commands run at once, the rest imports Lightning first (about ten seconds)."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LIGHTNING_COMMANDS = {
+    "fit": "train an experiment",
+    "validate": "compute the validation numbers of a checkpoint",
+    "tokenize": "run a tokenizer over a data set once, and keep the codes",
+    "sample": "generate videos from a checkpoint: mp4 files and a contact sheet",
+}
+
+
+def _export(args: Sequence[str]) -> None:
+    from experiments.export import main
+
+    main(args)
+
+
+def _demo(args: Sequence[str]) -> None:
+    from experiments.demo import main
+
+    main(args)
+
+
+SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "export": ("turn a tokenizer's checkpoint into a bundle: safetensors and JSON", _export),
+    "demo": ("embedded video, tokenizer, prior, samples and numbers, on a CPU", _demo),
+}
+
+
+def overview() -> str:
+    """What `longtake --help` prints."""
+    commands = LIGHTNING_COMMANDS | {name: text for name, (text, _) in SMALL_COMMANDS.items()}
+    lines = [f"  {name:<10}{text}" for name, text in commands.items()]
+    return "\n".join(["usage: longtake COMMAND ... (longtake COMMAND --help lists its options)", "", *lines])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        args: The command and its options; None takes those of the process.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+    elif args[0] in SMALL_COMMANDS:
+        SMALL_COMMANDS[args[0]][1](args[1:])
+    elif args[0] in LIGHTNING_COMMANDS:
+        from experiments.lightning_cli import run
+
+        run(args)
+    else:
+        raise SystemExit(f"longtake: there is no command {args[0]!r}.\n{overview()}")
+
+
+def console() -> None:
+    """Entry of the console command: errors that our own code raises for the user are one message, not a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        is_ours = ROOT in raised_in.parents and ".venv" not in raised_in.parts
+        if not is_ours or os.environ.get("LONGTAKE_TRACEBACK"):
+            raise
+        raise SystemExit(f"longtake: error: {error}\n(LONGTAKE_TRACEBACK=1 shows where it was raised.)") from None

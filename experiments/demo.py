@@ -1,0 +1,141 @@
+"""`longtake demo`: the whole road on a CPU, with the commands that a user types, and a table of numbers."""
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXPERIMENTS = Path(__file__).parent
+
+# Enough to see that everything works, not to learn anything: what CI runs.
+TINY = {
+    "tokenizer": [
+        "--trainer.max_steps=12",
+        "--trainer.val_check_interval=12",
+        "--data.num_train=64",
+        "--data.num_val=16",
+    ],
+    "prior": ["--trainer.max_steps=12", "--trainer.val_check_interval=12"],
+    "tokenize": ["--data.num_train=32", "--data.num_val=16"],
+    "sample": ["--num_samples=4"],
+}
+
+
+def main(args: Sequence[str]) -> None:
+    """Train a tokenizer and a prior on the embedded world, sample, and print the table."""
+    parser = argparse.ArgumentParser(prog="longtake demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything that is made")
+    parser.add_argument("--tiny", action="store_true", help="a few steps only: shows that it runs, learns nothing")
+    options = parser.parse_args(args)
+    if options.out.exists():
+        raise FileExistsError(f"{options.out} exists already. Remove it, or choose another place (--out).")
+    extra = TINY if options.tiny else {}
+
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def phase(name: str, words: list[str]) -> Any:
+        nonlocal clock
+        words = [*words, *extra.get(name, [])]
+        print(f"\n$ longtake {shlex.join(words)}", flush=True)
+        result = run(words)
+        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
+        return result
+
+    from experiments.export import main as export
+    from experiments.lightning_cli import run
+
+    seconds["start"], clock = time.perf_counter() - clock, time.perf_counter()
+    out = options.out
+    tokenizer, codes = out / "tokenizer", out / "codes"
+    place = [f"--run_root={out}"]
+    common = [f"--model.tokenizer={tokenizer}"]
+    prior_config = f"--config={EXPERIMENTS / 'demo_mebt.yaml'}"
+
+    phase("tokenizer", ["fit", f"--config={EXPERIMENTS / 'demo_tokenizer.yaml'}", *place])
+    export([str(out / "demo_tokenizer/version_0/checkpoints/last.ckpt"), str(tokenizer)])
+    pixels = phase("tokenize", ["tokenize", prior_config, *common, f"--out={codes}"])
+    cached = ["--data=TokenDataModule", f"--data.root={codes}"]
+    prior = phase("prior", ["fit", prior_config, *common, *cached, *place])
+    checkpoint = out / "demo_mebt/version_0/checkpoints/last.ckpt"
+    phase("sample", ["sample", prior_config, *common, *cached, f"--ckpt_path={checkpoint}", f"--out={out / 'samples'}"])
+
+    numbers = {name: float(value) for name, value in prior.trainer.callback_metrics.items() if name.startswith("val/")}
+    numbers |= code_numbers(codes) | reconstruction_numbers(tokenizer, pixels.datamodule)
+    seconds["numbers"] = time.perf_counter() - clock
+    (out / "numbers.json").write_text(json.dumps({"numbers": numbers, "seconds": seconds}, indent=2) + "\n")
+    print_table(out, numbers, seconds)
+
+
+def code_numbers(folder: Path) -> dict[str, float]:
+    """Codebook use, and what counting knows about a code, on the held-out clips."""
+    from datamodules.tokens import read_codes
+    from models.metrics import conditional_entropy, perplexity
+
+    tensors, about = read_codes(folder, "val")
+    return {
+        "codes/perplexity": perplexity(tensors["codes"], about["codebook_size"]).item(),
+        "codes/entropy_given_previous": conditional_entropy(tensors["codes"], about["codebook_size"]).item(),
+    }
+
+
+def reconstruction_numbers(tokenizer_path: Path, data: Any) -> dict[str, float]:
+    """PSNR in dB of held-out clips, and of predicting each clip's mean frame.
+
+    Args:
+        tokenizer_path: Bundle of the tokenizer.
+        data: The prior's data module on pixels, so that the clips are as long as the prior's.
+    """
+    import torch
+
+    from models.metrics import psnr
+    from models.weights import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path)
+    data.setup("validate")
+    scores, baseline = [], []
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            video = batch["video"]
+            scores.append(psnr(tokenizer.decode(tokenizer.encode(video).latents), video))
+            baseline.append(psnr(video.mean(dim=2, keepdim=True).expand_as(video), video))
+    return {
+        "val/psnr": torch.cat(scores).mean().item(),
+        "val/psnr_of_mean_frame": torch.cat(baseline).mean().item(),
+    }
+
+
+def print_table(out: Path, numbers: dict[str, float], seconds: dict[str, float]) -> None:
+    """One table: what was measured on held-out clips, what to compare it with, how long it took, where it lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("quantity", "value", "compare with", title="Longtake demo: held-out embedded video, 64 x 64 pixels")
+    table.add_row(
+        "PSNR of reconstructions",
+        f"{numbers['val/psnr']:.2f} dB",
+        f"mean frame {numbers['val/psnr_of_mean_frame']:.2f} dB",
+    )
+    table.add_row("codebook perplexity", f"{numbers['codes/perplexity']:.1f}", "codes in use, evenly counted")
+    entropy = numbers["codes/entropy_given_previous"]
+    for ratio in ("0.25", "0.50", "0.75", "1.00"):
+        table.add_row(
+            f"NLL per token, {float(ratio):.0%} masked",
+            f"{numbers[f'val/nll_{ratio}']:.3f} nats",
+            f"counts, given the previous frame's token: {entropy:.3f}" if ratio == "0.50" else "",
+        )
+    for name, value in seconds.items():
+        table.add_row(f"seconds: {name}", f"{value:.0f}", "")
+    table.add_row("seconds: all", f"{sum(seconds.values()):.0f}", "")
+    console = Console(width=110)
+    console.print(table)
+    for what, where in (
+        ("videos", "samples/seed=*.mp4, samples/grid.mp4"),
+        ("contact sheet", "samples/contact_sheet.png"),
+        ("numbers", "numbers.json"),
+    ):
+        console.print(f"{what}: {out}/{where}", soft_wrap=True)
+    console.print(f"TensorBoard: tensorboard --logdir {out}", soft_wrap=True)

@@ -1,0 +1,184 @@
+"""What all second-stage models share: a frozen tokenizer, codes from batches, and the interface that callbacks use."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from models.random import keyed_generator
+from models.tokenizers import VQGAN3D
+from models.weights import load_tokenizer, state_digest
+
+# Streams of random numbers within one training step, so that no two draws share a key.
+MASK_RATIO_STREAM, MASK_ORDER_STREAM = 1, 2
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a video is generated from.
+
+    Args:
+        label: `[B]` int64 classes, or None for an unconditional model.
+    """
+
+    label: Tensor | None = None
+
+
+class VideoGenerator(LightningModule):
+    """A prior over the codes of a frozen tokenizer.
+
+    The tokenizer is held outside the module tree: it stays out of the checkpoint, the optimizer, DDP and weight
+    averaging, and the checkpoint names it by the hash of its weights.
+
+    Args:
+        tokenizer: A tokenizer bundle or checkpoint.
+        num_frames: Pixel frames of the longest clip.
+        resolution: Height and width of the video.
+        downsample: Pixel frames, rows and columns that one code covers; checked against the tokenizer.
+        codebook_size: Number of video codes; checked against the tokenizer.
+        seed: Keys every random draw of training.
+    """
+
+    tokenizer: VQGAN3D
+    sampling: Any  # the paper's sampling settings, a dataclass
+
+    def __init__(
+        self,
+        tokenizer: str,
+        num_frames: int,
+        resolution: int,
+        downsample: tuple[int, int, int],
+        codebook_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        for name, size, factor in (
+            ("num_frames", num_frames, downsample[0]),
+            ("resolution", resolution, downsample[1]),
+            ("resolution", resolution, downsample[2]),
+        ):
+            if size % factor:
+                lower = size // factor * factor
+                raise ValueError(
+                    f"{name}={size} is no multiple of the tokenizer's factor {factor}. "
+                    f"Nearest: {lower} or {lower + factor} (--data.{name})."
+                )
+        self.tokenizer_path = tokenizer
+        self.num_frames = num_frames
+        self.downsample = tuple(downsample)
+        self.codebook_size = codebook_size
+        self.latent_shape = (num_frames // downsample[0], resolution // downsample[1], resolution // downsample[2])
+        self.seed = seed
+        self.tokens_per_batch = 0  # of the last training step, on this rank
+
+    # The tokenizer
+
+    def load_tokenizer(self) -> None:
+        """Load the frozen tokenizer: a step of its own, so that a model can be built and counted without one.
+
+        Raises:
+            FileNotFoundError: If there is none at the path given.
+            ValueError: If it does not have the geometry or the codebook that this model is built for.
+        """
+        path = Path(self.tokenizer_path)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"No tokenizer at {path} (--model.tokenizer, TOKENIZER= in make). Make one with\n"
+                f"  make train EXP=<a tokenizer experiment, such as vqgan3d_ucf101>\n"
+                f"  longtake export runs/<experiment>/version_0/checkpoints/last.ckpt {path}"
+            )
+        tokenizer = load_tokenizer(path)
+        theirs = (tuple(tokenizer.downsample), tokenizer.codebook_size)
+        if theirs != (self.downsample, self.codebook_size):
+            raise ValueError(
+                f"The tokenizer at {path} has downsample={theirs[0]} and codebook_size={theirs[1]}, the model expects "
+                f"{self.downsample} and {self.codebook_size} (--model.downsample, --model.codebook_size)."
+            )
+        self.__dict__["tokenizer"] = tokenizer
+        self.tokenizer_digest = state_digest(tokenizer.state_dict())
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer, unless it was loaded before."""
+        if "tokenizer" not in self.__dict__:
+            self.load_tokenizer()
+
+    def _placed_tokenizer(self) -> VQGAN3D:
+        if self.tokenizer.quantizer.embeddings.device != self.device:
+            self.tokenizer.to(self.device)
+        return self.tokenizer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the tokenizer by its hash."""
+        checkpoint["tokenizer_digest"] = self.tokenizer_digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another tokenizer than the one that the weights were trained on."""
+        if "tokenizer_digest" not in checkpoint:
+            raise ValueError("The checkpoint names no tokenizer: it was not written by a generator of this project.")
+        if checkpoint["tokenizer_digest"] != self.tokenizer_digest:
+            raise ValueError(
+                f"The checkpoint was trained on tokenizer {checkpoint['tokenizer_digest'][:12]}, but "
+                f"{self.tokenizer_path} is {self.tokenizer_digest[:12]}. Give the tokenizer it was trained on (--model.tokenizer)."
+            )
+
+    # Batches
+
+    @torch.no_grad()
+    def window_codes(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """Codes of the batch's window, and where in the clip it begins.
+
+        Args:
+            batch: Holds `video` `[B, C, T, H, W]` or cached `codes` `[B, t, h, w]`. If it is a curriculum's, it says
+                with `window_start`, `window_frames` and `margin_before` (frames) which part of them to train on.
+
+        Returns:
+            `[B, t', h, w]` int64, and the window's first latent frame.
+        """
+        codes = batch["codes"] if "codes" in batch else self._placed_tokenizer().encode(batch["video"]).codes
+        if "window_frames" not in batch:
+            return codes, 0
+        frames = self.downsample[0]
+        before = batch["margin_before"] // frames
+        return codes[:, before : before + batch["window_frames"] // frames], batch["window_start"] // frames
+
+    def sliced_by_rank(self, draw: Any, batch_size: int) -> Tensor:
+        """This rank's rows of `draw(global batch size)`: two ranks with B draw what one draws with 2B."""
+        start = self.global_rank * batch_size
+        return draw(batch_size * self.trainer.world_size)[start : start + batch_size]
+
+    def step_generator(self, stream: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """Generator of this optimizer step, equal on all ranks."""
+        return keyed_generator(self.seed, self.global_step, stream, *keys, device=device)
+
+    # Generation
+
+    @abstractmethod
+    def generate(self, condition: Condition, num_frames: int, seeds: Tensor, sampling: Any = None) -> Tensor:
+        """Generate one video for each seed.
+
+        Args:
+            condition: What to generate from; its tensors have as many rows as there are seeds.
+            num_frames: Pixel frames.
+            seeds: `[B]` int64, non-negative; a sample depends on its own seed alone.
+            sampling: The paper's sampling settings; None takes the module's.
+
+        Returns:
+            `[B, 3, T, H, W]` in [-1, 1].
+        """
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Codes `[B, t, h, w]` to video `[B, 3, T, H, W]` in [-1, 1]."""
+        tokenizer = self._placed_tokenizer()
+        return tokenizer.decode(tokenizer.codes_to_latents(codes))
+
+    def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
+        """Videos for a callback to show: `[len(seeds), 3, T, H, W]`."""
+        return self.generate(Condition(), self.num_frames, seeds)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Generate the videos of the seeds in the batch."""
+        return {"seeds": batch["seeds"], "video": self.generate(Condition(), batch["num_frames"], batch["seeds"])}

@@ -1,0 +1,1 @@
+"""Networks and pure functions on tensors: what is computed."""

@@ -1,0 +1,1 @@
+"""Stage 2: one file a paper's network, and the schedules and samplers that they share."""

@@ -1,0 +1,17 @@
+"""Tokenizers: between video and codes."""
+
+from models.tokenizers.discriminators import PatchDiscriminator
+from models.tokenizers.losses import LPIPS
+from models.tokenizers.quantizers import Encoded, VectorQuantizer
+from models.tokenizers.time_agnostic import TimeAgnosticDecoder, TimeAgnosticEncoder
+from models.tokenizers.vqgan3d import VQGAN3D
+
+__all__ = [
+    "LPIPS",
+    "VQGAN3D",
+    "Encoded",
+    "PatchDiscriminator",
+    "TimeAgnosticDecoder",
+    "TimeAgnosticEncoder",
+    "VectorQuantizer",
+]

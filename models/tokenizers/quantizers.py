@@ -1,0 +1,189 @@
+"""From continuous latents to codes and back."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.blocks.distributed import gather_rows, sum_over_ranks
+from models.random import keyed_generator
+
+# Distances computed at once: 64 MiB of float32, whatever the codebook and the clip.
+_MAX_DISTANCES = 2**24
+
+
+@dataclass
+class Encoded:
+    """What a tokenizer makes of a video.
+
+    Args:
+        latents: `[B, D, t, h, w]`, exactly what the tokenizer's `decode` takes.
+        codes: `[B, t, h, w]` int64 in `[0, K)`.
+        losses: scalars to be added to the reconstruction loss, weighted already.
+        statistics: scalars to be logged.
+    """
+
+    latents: Tensor
+    codes: Tensor
+    losses: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+
+
+class VectorQuantizer(nn.Module):
+    r"""Nearest codebook entry, the codebook being a moving average of the vectors that chose it.
+
+    The codebook holds no parameters (VQ-VAE, appendix A.1). With $n_j$ vectors of sum $s_j$ at entry $j$ and decay $g$:
+
+        N_j <- g N_j + (1 - g) n_j        z_j <- g z_j + (1 - g) s_j        e_j <- z_j / w_j,
+        w_j = (N_j + 1e-7) / (sum N + K 1e-7) * sum N
+
+    The first training call makes the codebook from the vectors of all ranks. Whether that has happened is part of the
+    state dict, so a resumed run keeps its codebook. Counts, sums and random choices are the same on all ranks.
+
+    Args:
+        codebook_size: Number of entries K.
+        dim: Width D of an entry.
+        decay: Decay of the moving averages.
+        commitment_weight: Weight of the commitment loss, mean |z - sg(e)|^2.
+        restart_threshold: An entry whose moving count falls below this is replaced by a vector of the batch; with 0
+            none is. A fresh entry counts as 1, so a threshold of 1 gives it one step to find use, and one of 0.5 gives
+            it log(0.5) / log(decay) steps, 69 by default.
+        released_restart: Restart as TATS' released code does: the entry alone, which the next moving average
+            overwrites, not its averages.
+    """
+
+    embeddings: Tensor
+    N: Tensor
+    z_avg: Tensor
+    initialized: Tensor
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        decay: float = 0.99,
+        commitment_weight: float = 0.25,
+        restart_threshold: float = 0.0,
+        released_restart: bool = False,
+    ) -> None:
+        super().__init__()
+        self.codebook_size = codebook_size
+        self.dim = dim
+        self.decay = decay
+        self.commitment_weight = commitment_weight
+        self.restart_threshold = restart_threshold
+        self.released_restart = released_restart
+        self.register_buffer("embeddings", torch.randn(codebook_size, dim))
+        self.register_buffer("N", torch.zeros(codebook_size))
+        self.register_buffer("z_avg", self.embeddings.clone())
+        self.register_buffer("initialized", torch.tensor(False))
+        self._is_initialized: bool | None = None  # `initialized`, read from the device once
+
+    def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Encoded:
+        """Quantise.
+
+        Args:
+            z: `[B, D, t, h, w]`, any floating type; distances are computed in float32 at least, also under autocast.
+            generator: draws the vectors that make or restart entries, on training calls; equal on all ranks. None draws
+                with a fixed key.
+
+        Returns:
+            Latents (with the gradient of the identity), codes, `commitment` and the batch's `perplexity` and `usage`
+            (fraction of entries in use). In training these count all ranks' vectors.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            vectors = rearrange(z.detach(), "b d t h w -> (b t h w) d")  # [n, D]
+            if self.training:
+                self._initialize_once(vectors, generator)
+            codes = self._nearest(vectors)  # [n]
+            grid = codes.view(z.shape[0], *z.shape[2:])  # [B, t, h, w]
+            quantised = self.codes_to_latents(grid).to(z.dtype)  # [B, D, t, h, w], looked up before the update
+            counts = code_counts(codes, self.codebook_size).to(z.dtype)  # [K]
+            if self.training:
+                counts = sum_over_ranks(counts)
+                self._update(vectors, codes, counts, generator)
+            return Encoded(
+                latents=quantised + (z - z.detach()),  # straight-through: z - z is exactly 0, its gradient 1
+                codes=grid,
+                losses={"commitment": self.commitment_weight * F.mse_loss(z, quantised)},
+                statistics=usage_statistics(counts),
+            )
+
+    def codes_to_latents(self, codes: Tensor) -> Tensor:
+        """Look up codes `[B, t, h, w]` as latents `[B, D, t, h, w]`."""
+        return rearrange(F.embedding(codes, self.embeddings), "b t h w d -> b d t h w")
+
+    def _nearest(self, vectors: Tensor) -> Tensor:
+        embeddings = self.embeddings.to(vectors.dtype)
+        norms = embeddings.square().sum(1)  # [K]
+        chunks = vectors.split(max(1, _MAX_DISTANCES // self.codebook_size))
+        # |z - e|^2 without |z|^2, which does not depend on the code
+        return torch.cat([torch.addmm(norms, chunk, embeddings.T, alpha=-2).argmin(1) for chunk in chunks])
+
+    @torch.no_grad()
+    def _initialize_once(self, vectors: Tensor, generator: torch.Generator | None) -> None:
+        if self._is_initialized is None:
+            self._is_initialized = bool(self.initialized)
+        if self._is_initialized:
+            return
+        offered = self._offer(vectors, generator)
+        self.embeddings.copy_(offered)
+        self.z_avg.copy_(offered)
+        self.N.fill_(1)
+        self.initialized.fill_(True)
+        self._is_initialized = True
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, codes: Tensor, counts: Tensor, generator: torch.Generator | None) -> None:
+        sums = vectors.new_zeros(self.codebook_size, self.dim).index_add_(0, codes, vectors)
+        self.N.lerp_(counts.to(self.N.dtype), 1 - self.decay)
+        self.z_avg.lerp_(sum_over_ranks(sums).to(self.z_avg.dtype), 1 - self.decay)
+        total = self.N.sum()
+        weights = (self.N + 1e-7) / (total + self.codebook_size * 1e-7) * total  # [K]
+        self.embeddings.copy_(self.z_avg / weights[:, None])
+        if self.restart_threshold > 0:
+            dead = self.restart_threshold > self.N  # [K]
+            fresh = self._offer(vectors, generator).to(self.embeddings.dtype)
+            self.embeddings.copy_(torch.where(dead[:, None], fresh, self.embeddings))
+            if not self.released_restart:
+                self.z_avg.copy_(torch.where(dead[:, None], fresh, self.z_avg))
+                self.N.masked_fill_(dead, 1)
+
+    def _offer(self, vectors: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw one vector `[K, D]` for each entry from those of all ranks, repeated with noise if they are too few."""
+        generator = generator or keyed_generator(0)
+        vectors = gather_rows(vectors)
+        if len(vectors) < self.codebook_size:
+            vectors = vectors.repeat(math.ceil(self.codebook_size / len(vectors)), 1)
+            noise = torch.randn(vectors.shape, generator=generator, device=generator.device, dtype=vectors.dtype)
+            vectors = vectors + noise.to(vectors.device) * 0.01 / math.sqrt(self.dim)
+        chosen = torch.randperm(len(vectors), generator=generator, device=generator.device)[: self.codebook_size]
+        return vectors[chosen.to(vectors.device, non_blocking=True)]
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._is_initialized = None
+
+    def extra_repr(self) -> str:
+        """Name the size."""
+        return f"codebook_size={self.codebook_size}, dim={self.dim}, restart_threshold={self.restart_threshold}"
+
+
+def code_counts(codes: Tensor, codebook_size: int) -> Tensor:
+    """Count how often each code occurs: `[K]` int64. Unlike `torch.bincount`, it does not wait for the GPU."""
+    counts = torch.zeros(codebook_size, dtype=torch.int64, device=codes.device)
+    return counts.scatter_add_(0, codes.flatten(), torch.ones_like(codes.flatten()))
+
+
+def usage_statistics(counts: Tensor) -> dict[str, Tensor]:
+    """Summarise counts `[K]`: `perplexity`, the exponential of the codes' entropy, and `usage`, the fraction in use."""
+    counts = counts if counts.is_floating_point() else counts.float()
+    probabilities = counts / counts.sum()
+    return {
+        "perplexity": torch.special.entr(probabilities).sum().exp(),
+        "usage": (counts > 0).to(counts.dtype).mean(),
+    }

@@ -1,0 +1,181 @@
+"""Tokenizers and priors as files: bundles of safetensors and JSON, checkpoints, and the official names of parameters.
+
+A bundle is a folder with `model.safetensors`, `config.json` (class and arguments, recursively) and `provenance.json`
+(where the weights came from). Nothing here unpickles foreign objects.
+"""
+
+import hashlib
+import importlib
+import json
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.tokenizers import VQGAN3D
+
+logger = logging.getLogger(__name__)
+
+BUNDLE_VERSION = 1
+
+# MeBT: our parameter names and the released ones; the shapes are the same.
+_MEBT_NAMES = (
+    (r"^token_embedding\.", "tok_emb."),
+    (r"^position_embedding$", "pos_emb"),
+    (r"^mask_embedding$", "mask_emb"),
+    (r"^latent_embedding$", "sos_emb"),
+    (r"^norm\.", "transformer.ln_f."),
+    (r"^head\.", "transformer.head."),
+    (r"^blocks\.(\d+)\.norm([12])\.", r"transformer.blocks.\1.ln\2."),
+    (r"^blocks\.(\d+)\.attention\.", r"transformer.blocks.\1.attn."),
+    (r"^blocks\.(\d+)\.mlp\.", r"transformer.blocks.\1.mlp."),
+)
+
+
+def official_mebt_name(name: str) -> str:
+    """Name in a released MeBT checkpoint of our parameter `name`."""
+    for pattern, replacement in _MEBT_NAMES:
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            return name
+    raise KeyError(name)
+
+
+def state_digest(state: dict[str, Tensor]) -> str:
+    """Sha256 over names, types, shapes and values: what identifies a set of weights, whatever file it lies in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build(config: dict[str, Any]) -> Any:
+    """Build an object from `{"class_path": ..., "init_args": {...}}`, recursively; only classes of `models` are built.
+
+    Raises:
+        ValueError: If a class lies outside this project's `models` package.
+    """
+    module_name, _, class_name = config["class_path"].rpartition(".")
+    if module_name.split(".")[0] != "models":
+        raise ValueError(f"A bundle asks for the class {config['class_path']!r}; only classes of `models` are built.")
+    arguments = {
+        key: build(value) if isinstance(value, dict) and "class_path" in value else value
+        for key, value in (config.get("init_args") or {}).items()
+    }
+    return getattr(importlib.import_module(module_name), class_name)(**arguments)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load weights strictly, with one error that lists what does not fit.
+
+    Raises:
+        ValueError: If names or shapes differ.
+    """
+    own = model.state_dict()
+    wrong = [f"missing {name}" for name in own.keys() - state.keys()]
+    wrong += [f"unexpected {name}" for name in state.keys() - own.keys()]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} does not fit its configuration: " + "; ".join(sorted(wrong)))
+    model.load_state_dict(state)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this project without executing anything in it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at {path}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint of this project ({type(error).__name__}: {error})"
+        ) from error
+
+
+def tokenizer_from_checkpoint(path: Path) -> tuple[VQGAN3D, dict[str, Any], dict[str, Any]]:
+    """Read the tokenizer of a VQGAN3DModule checkpoint.
+
+    Weight averaging saves the average as `state_dict`, beside the raw weights under a key of its own. So the averaged
+    weights are taken when there are any, and the provenance says which they are.
+
+    Returns:
+        The tokenizer, the configuration that `build` makes it from, and where its weights come from.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint of a tokenizer, or its weights do not fit its configuration.
+    """
+    checkpoint = read_checkpoint(path)
+    config = (checkpoint.get("hyper_parameters") or {}).get("tokenizer")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no tokenizer checkpoint: its hyper-parameters name no tokenizer.")
+    state = {
+        name.removeprefix("tokenizer."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith("tokenizer.")
+    }
+    tokenizer = build(config)
+    load_state(tokenizer, state, path)
+    provenance = {
+        "source": path.name,
+        "step": checkpoint["global_step"],
+        "weights": "averaged weights" if "current_model_state" in checkpoint else "raw weights",
+    }
+    return tokenizer, config, provenance
+
+
+def save_bundle(folder: Path, model: nn.Module, config: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Write a bundle so that it appears whole or not at all.
+
+    Raises:
+        FileExistsError: If the folder exists already.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already. Remove it first, or choose another destination.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".bundle-") as scratch:
+        new = Path(scratch) / folder.name
+        new.mkdir()
+        save_file(state, new / "model.safetensors")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        details = {"bundle_version": BUNDLE_VERSION, "digest": state_digest(state), **provenance}
+        (new / "provenance.json").write_text(json.dumps(details, indent=2) + "\n")
+        os.replace(new, folder)
+
+
+def load_tokenizer(path: str | Path) -> VQGAN3D:
+    """Load a tokenizer for frozen use: in eval mode, without gradients.
+
+    Args:
+        path: A bundle folder, or a checkpoint of VQGAN3DModule.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        ValueError: If the weights do not fit the configuration beside them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tokenizer = build(json.loads((path / "config.json").read_text()))
+        load_state(tokenizer, load_file(path / "model.safetensors"), path)
+    else:
+        tokenizer, _, provenance = tokenizer_from_checkpoint(path)
+        logger.info("Tokenizer %s: %s of step %d.", path, provenance["weights"], provenance["step"])
+    return tokenizer.eval().requires_grad_(False)

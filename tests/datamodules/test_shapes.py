@@ -1,0 +1,206 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from datamodules.sampler import ClipRequest
+from datamodules.shapes import CLASS_NAMES, COLOURS, MOTIONS, SHAPES, MovingShapes, MovingShapesDataModule
+
+PALETTE = torch.tensor(list(COLOURS.values()))
+
+
+def clips(**options: Any) -> MovingShapes:
+    return MovingShapes(**{"split": "train", "num_clips": 100, "num_frames": 12, "resolution": 32, **options})
+
+
+def test_a_clip_depends_on_seed_split_and_index_alone() -> None:
+    assert torch.equal(clips().render(3), clips(num_clips=7).render(3))
+    others = [clips(seed=1).render(3), clips(split="val").render(3), clips().render(4)]
+    assert not any(torch.equal(clips().render(3), other) for other in others)
+
+
+def test_epochs_show_the_same_clip() -> None:
+    first, later = (clips()[ClipRequest(3, epoch)]["video"] for epoch in (0, 5))
+    assert torch.equal(first, later)
+
+
+@pytest.mark.parametrize("resolution", [32, 33, 64])
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (5, 7), (11, 1), (3, 4)])
+def test_a_range_equals_the_same_frames_of_the_whole_clip(resolution: int, start: int, count: int) -> None:
+    dataset = clips(resolution=resolution, min_objects=3)
+    for index in range(10):
+        assert torch.equal(dataset.render(index, start, count), dataset.render(index)[:, start : start + count])
+
+
+def test_a_request_reads_its_frames_and_tells_its_window() -> None:
+    dataset = clips()
+    item = dataset[ClipRequest(2, window_start=4, window_frames=3, read_start=2, read_frames=7)]
+    assert torch.equal(item["video"], dataset.render(2)[:, 2:9])
+    assert (item["window_start"], item["window_frames"], item["margin_before"]) == (4, 3, 2)
+
+
+def test_stride_skips_frames() -> None:
+    assert torch.equal(clips(frame_stride=3, num_frames=4).render(1), clips().render(1)[:, ::3])
+
+
+@pytest.mark.parametrize("texture", [0.0, 1.0])
+def test_values_fill_the_house_range_and_no_more(texture: float) -> None:
+    video = torch.stack([clips(texture=texture).render(index) for index in range(20)])
+    assert video.dtype == torch.float32
+    assert video.shape == (20, 3, 12, 32, 32)
+    assert (video.min(), video.max()) == (-1, 1)
+
+
+@pytest.mark.parametrize("texture", [0.0, 0.4, 1.0])
+def test_background_stands_still_and_is_as_strong_as_asked(texture: float) -> None:
+    dataset = clips(texture=texture, max_objects=1)
+    centres = (torch.arange(32) + 0.5) / 32
+    strongest = 0.0
+    for index in range(10):
+        scene, video = dataset.ground_truth(index), dataset.render(index)
+        x, y = (scene.positions[0, :, axis, None] - centres for axis in range(2))  # [T, 32]
+        reach = float(scene.radii[0]) + 1 / 32
+        free = ((x.abs() > reach)[:, None, :] | (y.abs() > reach)[:, :, None]).expand(3, -1, -1, -1)  # [3, T, H, W]
+        highest, lowest = (torch.where(free, video, other) for other in (-9.0, 9.0))
+        always_free = free.any(1)
+        assert torch.equal(highest.amax(1)[always_free], lowest.amin(1)[always_free])
+        strongest = max(strongest, float((video[free] + 0.5).abs().max()))
+    assert 0.4 * texture <= strongest <= 0.5 * texture
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_ground_truth_tells_colour_and_place_of_what_is_drawn(shape: int) -> None:
+    dataset = clips(max_objects=1, resolution=64, texture=0.0)
+    found = [index for index in range(100) if int(dataset.ground_truth(index).shapes[0]) == shape][:5]
+    for index in found:
+        scene, video = dataset.ground_truth(index), dataset.render(index)
+        colour = PALETTE[scene.colours[0]]
+        covered = ((video + 0.5).abs() > 1e-3).any(0)  # [T, H, W]
+        for frame, position in enumerate(scene.positions[0]):
+            rows, columns = covered[frame].nonzero().unbind(1)
+            left, right = columns.min() / 64, (columns.max() + 1) / 64
+            top, bottom = rows.min() / 64, (rows.max() + 1) / 64
+            # all shapes fill their square; its edge may share a pixel with the background
+            assert (left + right) / 2 == pytest.approx(float(position[0]), abs=1.1 / 64)
+            assert (top + bottom) / 2 == pytest.approx(float(position[1]), abs=1.1 / 64)
+            assert right - left == pytest.approx(2 * float(scene.radii[0]), abs=2.1 / 64)
+            x, y = (min(int(value * 64), 63) for value in position)
+            assert torch.equal(video[:, frame, y, x], colour)
+
+
+@pytest.mark.parametrize(
+    ("shape", "area"), [("circle", math.pi), ("square", 4.0), ("triangle", 2.0), ("cross", 4 / 3 * 2 - 4 / 9)]
+)
+def test_edges_are_smooth_so_that_coverage_is_the_area(shape: str, area: float) -> None:
+    dataset = clips(max_objects=1, resolution=64, texture=0.0)
+    scenes = {index: dataset.ground_truth(index) for index in range(100)}
+    chosen = [index for index, scene in scenes.items() if SHAPES[int(scene.shapes[0])] == shape][:5]
+    for index in chosen:
+        channel = int((PALETTE[scenes[index].colours[0]] == 1).nonzero()[0])
+        coverage = (dataset.render(index)[channel] + 0.5) / 1.5  # [T, H, W]
+        radius = float(scenes[index].radii[0]) * 64
+        measured = coverage.sum((1, 2)) / radius**2
+        assert torch.all((measured - area).abs() < 0.15)  # corners are rounded off by a fraction of a pixel
+
+
+def test_geometry_does_not_depend_on_resolution() -> None:
+    small, large = clips(resolution=32), clips(resolution=128)
+    for index in range(5):
+        pooled = torch.nn.functional.avg_pool2d(large.render(index).transpose(0, 1), 4).transpose(0, 1)
+        assert (pooled - small.render(index)).abs().mean() < 0.02
+
+
+def test_motion_is_straight_and_even_between_the_walls_and_turns_at_them() -> None:
+    dataset = clips(num_frames=400, speed=(0.03, 0.03), size=(0.1, 0.3))
+    for index in range(20):
+        scene = dataset.ground_truth(index)
+        steps = scene.positions.diff(dim=1).abs()  # [O, T-1, xy]
+        for object_, motion in enumerate(scene.motions.tolist()):
+            speed = {
+                "horizontal": (0.03, 0.0),
+                "vertical": (0.0, 0.03),
+                "diagonal": (0.03 / 2**0.5, 0.03 / 2**0.5),
+            }[MOTIONS[motion]]
+            radius = float(scene.radii[object_])
+            for axis in range(2):
+                path = scene.positions[object_, :, axis]
+                assert path.min() >= radius - 1e-9
+                assert path.max() <= 1 - radius + 1e-9
+                assert steps[object_, :, axis].max() <= speed[axis] + 1e-9
+                if speed[axis]:
+                    assert path.min() < radius + speed[axis]  # it does come to both walls
+                    assert path.max() > 1 - radius - speed[axis]
+                    # per crossing of the box one step is shortened by the turn, the others are whole
+                    whole = (steps[object_, :, axis] - speed[axis]).abs() < 1e-9
+                    crossings = 399 * speed[axis] / (1 - 2 * radius)
+                    assert 399 - int(whole.sum()) <= crossings + 1
+
+
+def test_label_is_shape_and_motion_of_the_object_in_front() -> None:
+    dataset = clips(num_clips=200)
+    labels = set()
+    for index in range(200):
+        scene = dataset.ground_truth(index)
+        name = f"{MOTIONS[int(scene.motions[0])]} {SHAPES[int(scene.shapes[0])]}"
+        assert CLASS_NAMES[scene.label] == name
+        assert dataset[ClipRequest(index, read_frames=1)]["label"] == scene.label
+        labels.add(scene.label)
+    assert labels == set(range(12))
+
+
+def test_the_first_object_is_never_hidden() -> None:
+    dataset = clips(min_objects=6, max_objects=6, size=(0.3, 0.4))
+    for index in range(5):
+        scene, video = dataset.ground_truth(index), dataset.render(index)
+        for frame, position in enumerate(scene.positions[0]):
+            x, y = (min(int(value * 32), 31) for value in position)
+            assert torch.equal(video[:, frame, y, x], PALETTE[scene.colours[0]])
+
+
+def test_number_of_objects_sizes_speeds_and_colours_keep_to_the_options() -> None:
+    dataset = clips(min_objects=2, max_objects=4, size=(0.05, 0.1), num_clips=200)
+    scenes = [dataset.ground_truth(index) for index in range(200)]
+    assert {len(scene.shapes) for scene in scenes} == {2, 3, 4}
+    radii = torch.cat([scene.radii for scene in scenes])
+    assert 0.05 <= radii.min() < 0.055 < 0.095 < radii.max() <= 0.1
+    assert all(len(set(scene.colours.tolist())) == len(scene.colours) for scene in scenes)
+
+
+def test_the_longest_clip_can_be_drawn_at_its_end_alone() -> None:
+    assert clips(num_frames=512).render(0, 510, 2).shape == (3, 2, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("num_frames", 513),
+        ("resolution", 31),
+        ("min_objects", 4),
+        ("max_objects", 7),
+        ("speed", (0.2, 0.1)),
+        ("size", (0.1, 0.5)),
+        ("texture", 1.5),
+    ],
+)
+def test_impossible_options_are_refused_by_name(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{option}=.*--data"):
+        clips(**{option: value})
+
+
+def test_a_clip_or_frame_beyond_the_end_is_an_index_error() -> None:
+    with pytest.raises(IndexError, match="Clip 100"):
+        clips().render(100)
+    with pytest.raises(IndexError, match=r"frames \[510, 513\)"):
+        clips().render(0, 510, 3)
+
+
+def test_data_module_gives_batches_of_both_splits() -> None:
+    data = MovingShapesDataModule(num_train=8, num_val=3, num_frames=4, resolution=32, batch_size=4, seed=3)
+    data.setup()
+    train, val = list(data.train_dataloader()), list(data.val_dataloader())
+    assert [batch["video"].shape for batch in train] == [(4, 3, 4, 32, 32)] * 2
+    assert sorted(torch.cat([batch["index"] for batch in train]).tolist()) == list(range(8))
+    assert [batch["index"].tolist() for batch in val] == [[0, 1, 2]]
+    expected = MovingShapes("val", 3, 4, resolution=32, seed=3).render(1)
+    assert torch.equal(val[0]["video"][1], expected)

@@ -1,0 +1,434 @@
+import copy
+import logging
+import os
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_modules.vqgan3d import VQGAN3DModule
+from models.random import keyed_generator
+from models.tokenizers import LPIPS, VQGAN3D, TimeAgnosticDecoder, TimeAgnosticEncoder, VectorQuantizer
+
+pytestmark = [
+    # Lightning 2.6.6 asks of its pytrees what torch 2.15 deprecates
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+    # most runs here validate nothing, and their loaders need no workers
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+
+
+def toy_tokenizer(**quantizer: Any) -> VQGAN3D:
+    torch.manual_seed(0)
+    return VQGAN3D(
+        TimeAgnosticEncoder(base_channels=2, downsample=(2, 2, 2)),
+        VectorQuantizer(8, 3, **quantizer),
+        TimeAgnosticDecoder(base_channels=2, downsample=(2, 2, 2)),
+    )
+
+
+def toy_module(tokenizer: VQGAN3D | None = None, **options: Any) -> VQGAN3DModule:
+    toy = {"perceptual_weight": 0.0, "discriminator_channels": 2, "discriminator_layers": 2, "lr": 1e-2}
+    return VQGAN3DModule(tokenizer or toy_tokenizer(), **(toy | options))
+
+
+def batch(key: int, size: int = 2) -> dict[str, Any]:
+    video = torch.rand(size, 3, 4, 8, 8, generator=keyed_generator(key)) * 2 - 1
+    return {"video": video, "label": torch.zeros(size, dtype=torch.int64), "index": torch.arange(size)}
+
+
+def loader(batches: int = 4, size: int = 2) -> DataLoader:
+    return DataLoader([batch(key, size) for key in range(batches)], batch_size=None)
+
+
+def trainer(max_steps: int = 4, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(**(quiet | {"max_steps": max_steps, "accelerator": "cpu", "enable_model_summary": False} | options))
+
+
+class Recorder(Callback):
+    """Keeps what is logged at each training batch, and the weights after it."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+        self.states: list[dict[str, Tensor]] = []
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+        self.states.append(copy.deepcopy(module.state_dict()))
+        self.steps.append(trainer.global_step)
+
+
+def fit(module: VQGAN3DModule, max_steps: int = 4, data: DataLoader | None = None, **options: Any) -> Recorder:
+    recorder = Recorder()
+    trainer(max_steps, callbacks=[recorder], **options).fit(module, data or loader())
+    return recorder
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor], part: str) -> bool:
+    names = [name for name in before if part in name and "num_batches" not in name]
+    assert names, part
+    return any(not torch.equal(before[name], after[name]) for name in names)
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_global_step_counts_batches_although_two_optimizers_step() -> None:
+    assert fit(toy_module(discriminator_start_step=0)).steps == [1, 2, 3, 4]
+
+
+def test_discriminators_are_not_touched_before_they_start() -> None:
+    module = toy_module(discriminator_start_step=2)
+    initial = copy.deepcopy(module.state_dict())
+    recorder = fit(module)
+    seen = [initial, *recorder.states]
+    for part in ("image_discriminator", "video_discriminator"):
+        assert [moved(a, b, part) for a, b in pairwise(seen)] == [False, False, True, True]
+        assert recorder.states[1][f"{part}.model1.1.num_batches_tracked"] == 0  # not even run
+    adversarial = {"train/gan", "train/feature_matching", "train/disc"}
+    assert [adversarial & logged.keys() for logged in recorder.logged] == [set(), set(), adversarial, adversarial]
+
+
+def test_everything_a_reader_of_curves_expects_is_logged() -> None:
+    module = toy_module(discriminator_start_step=0)
+    run = trainer(1)
+    run.fit(module, loader(), loader(2))
+    terms = {"loss", "l1", "commitment", "perplexity", "usage"}
+    expected = {f"train/{name}" for name in terms | {"gan", "feature_matching", "disc"}}
+    run.validate(module, loader(2), verbose=False)
+    validated = {f"val/{name}" for name in terms | {"psnr"}}
+    assert run.callback_metrics.keys() == validated
+    assert fit(toy_module(discriminator_start_step=0), 1).logged[0].keys() == expected
+
+
+def test_logged_loss_is_the_weighted_sum_of_its_terms() -> None:
+    module = toy_module(discriminator_start_step=0, l1_weight=2.0, feature_matching_weight=3.0)
+    logged = fit(module, 1).logged[0]
+    expected = 2 * logged["train/l1"] + logged["train/commitment"] + logged["train/gan"]
+    assert logged["train/loss"] == pytest.approx(expected + 3 * logged["train/feature_matching"], rel=1e-5)
+
+
+def test_without_gan_weights_there_are_no_discriminators() -> None:
+    module = toy_module(image_gan_weight=0.0, video_gan_weight=0.0, discriminator_start_step=0)
+    assert not any("discriminator" in name for name, _ in module.named_parameters())
+    recorder = fit(module)
+    assert recorder.steps == [1, 2, 3, 4]
+    assert "train/gan" not in recorder.logged[-1]
+
+
+@pytest.mark.parametrize(("absent", "present"), [("image", "video"), ("video", "image")])
+def test_a_discriminator_of_no_weight_is_not_built(absent: str, present: str) -> None:
+    module = toy_module(**{f"{absent}_gan_weight": 0.0}, discriminator_start_step=0)
+    before = copy.deepcopy(module.state_dict())
+    recorder = fit(module, 1)
+    assert not any(f"{absent}_discriminator" in name for name in before)
+    assert moved(before, recorder.states[0], f"{present}_discriminator")
+
+
+def test_the_tokenizer_learns_to_reconstruct() -> None:
+    module = toy_module(image_gan_weight=0.0, video_gan_weight=0.0)
+    recorder = fit(module, 60, loader(1), max_epochs=-1)
+    assert recorder.logged[-1]["train/l1"] < 0.8 * recorder.logged[0]["train/l1"]
+
+
+def test_each_backward_pass_reaches_one_side_only() -> None:
+    module = toy_module(discriminator_start_step=0)
+    required: list[bool] = []
+    first, last = module.image_discriminator.model0[0], module.tokenizer.decoder.conv_last.conv
+    first.register_forward_hook(lambda *_: required.append(first.weight.requires_grad))
+    last.register_forward_hook(lambda *_: required.append(last.weight.requires_grad))
+    fit(module, 1)
+    # the decoder; fake and real for the generator's loss; real and fake for the discriminator's
+    assert required == [True, False, False, True, True]
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_gradients_are_clipped_for_each_optimizer_by_itself() -> None:
+    module = toy_module(discriminator_start_step=0, gradient_clip_norm=1e-3)
+    norms: list[float] = []
+    original = torch.optim.Adam.step
+
+    class Watched(torch.optim.Adam):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+            return original(self, *args, **kwargs)
+
+    optimizers = module.configure_optimizers()
+    module.configure_optimizers = lambda: [Watched(o.param_groups[0]["params"], lr=1e-3) for o in optimizers]  # type: ignore[method-assign]
+    fit(module, 1)
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+def test_two_accumulated_batches_make_one_step_of_their_mean_gradient() -> None:
+    """Two halves are the whole where neither batch statistics nor the codebook depend on the batch."""
+
+    def frozen(**options: Any) -> VQGAN3DModule:
+        return toy_module(image_gan_weight=0.0, video_gan_weight=0.0, **options).eval()
+
+    two = [batch(0), batch(1)]
+    whole = {name: torch.cat([half[name] for half in two]) for name in two[0]}
+    accumulated = fit(frozen(accumulate_grad_batches=2), 1, DataLoader(two, batch_size=None), precision="64-true")
+    at_once = fit(frozen(), 1, DataLoader([whole], batch_size=None), precision="64-true")
+    assert accumulated.steps == [0, 1]
+    assert not moved(frozen().double().state_dict(), accumulated.states[0], "tokenizer")
+    assert moved(accumulated.states[0], accumulated.states[1], "tokenizer")
+    for name, value in at_once.states[0].items():
+        assert torch.allclose(accumulated.states[1][name], value, atol=1e-7), name
+
+
+def test_a_step_of_no_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match="accumulate_grad_batches=0: expected at least 1"):
+        toy_module(accumulate_grad_batches=0)
+
+
+def test_the_rest_of_an_epoch_makes_a_step_of_its_own() -> None:
+    module = toy_module(accumulate_grad_batches=2, discriminator_start_step=0)
+    assert fit(module, 4, loader(3)).steps == [0, 1, 2, 2, 3, 4]
+
+
+def test_each_clip_gets_a_frame_that_depends_on_seed_and_step() -> None:
+    draws = {}
+    for seed in (0, 1):
+        module = toy_module(seed=seed)
+        for step in (0, 1):
+            module.trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=step)
+            draws[seed, step] = module._draw_frames(torch.zeros(64, 3, 8, 4, 4), 0).tolist()
+    assert all(set(frames) == set(range(8)) for frames in draws.values())
+    assert len({tuple(frames) for frames in draws.values()}) == 4
+
+
+def test_two_ranks_share_the_frames_that_one_would_draw() -> None:
+    module = toy_module()
+    drawn = []
+    for world_size, rank, size in ((1, 0, 6), (2, 0, 3), (2, 1, 3)):
+        module.trainer = SimpleNamespace(world_size=world_size, global_rank=rank, global_step=5)
+        drawn.append(module._draw_frames(torch.zeros(size, 3, 8, 4, 4), 0))
+    assert torch.equal(drawn[0], torch.cat(drawn[1:]))
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
+    data = DataLoader([batch(0)], batch_size=None)  # one batch an epoch: every step sees the same data
+    options = {"discriminator_start_step": 1, "tokenizer": toy_tokenizer(restart_threshold=0.5)}
+    whole = fit(toy_module(**options), 4, data, max_epochs=4)
+    options["tokenizer"] = toy_tokenizer(restart_threshold=0.5)
+    interrupted = trainer(2, max_epochs=4)
+    interrupted.fit(toy_module(**options), data)
+    interrupted.save_checkpoint(tmp_path / "half.ckpt")
+    options["tokenizer"] = toy_tokenizer(restart_threshold=0.5)
+    recorder = Recorder()
+    trainer(4, max_epochs=4, callbacks=[recorder]).fit(toy_module(**options), data, ckpt_path=tmp_path / "half.ckpt")
+    assert recorder.steps == [3, 4]
+    assert equal(recorder.states[-1], whole.states[-1])
+
+
+def test_a_checkpoint_of_a_module_built_in_python_holds_plain_types(tmp_path: Path) -> None:
+    run = trainer(1)
+    run.fit(toy_module(), loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert "tokenizer" not in checkpoint["hyper_parameters"]
+    module = VQGAN3DModule.load_from_checkpoint(tmp_path / "a.ckpt", tokenizer=toy_tokenizer())
+    assert equal(module.state_dict(), checkpoint["state_dict"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of LightningCLI's calls to jsonargparse
+def test_a_module_built_from_yaml_is_rebuilt_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["longtake"])  # LightningCLI warns of arguments beside those it is given
+    part = {"base_channels": 2, "downsample": [2, 2, 2]}
+    tokenizer = {
+        "encoder": {"class_path": "models.tokenizers.TimeAgnosticEncoder", "init_args": part | {"padding": "reflect"}},
+        "quantizer": {"class_path": "models.tokenizers.VectorQuantizer", "init_args": {"codebook_size": 8, "dim": 3}},
+        "decoder": {"class_path": "models.tokenizers.TimeAgnosticDecoder", "init_args": part},
+        "pixel_range": [0.0, 1.0],
+    }
+    model = {
+        "tokenizer": {"class_path": "models.tokenizers.VQGAN3D", "init_args": tokenizer},
+        "perceptual_weight": 0.0,
+        "discriminator_channels": 2,
+        "gan_loss": "vanilla",
+    }
+    config = {"model": {"class_path": "lightning_modules.vqgan3d.VQGAN3DModule", "init_args": model}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    cli = LightningCLI(
+        LightningModule,
+        subclass_mode_model=True,
+        run=False,
+        seed_everything_default=False,
+        save_config_callback=None,
+        args=["--config", str(tmp_path / "config.yaml"), "--model.lr", "0.5"],
+    )
+    run = trainer(1)
+    run.fit(cli.model, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    module = VQGAN3DModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert (module.lr, module.gan_loss) == (0.5, "vanilla")
+    assert module.tokenizer.encoder.conv_first.padding == "reflect"
+    assert module.tokenizer.pixel_range == (0.0, 1.0)
+    assert equal(module.state_dict(), cli.model.state_dict())
+
+
+def test_validation_measures_the_reconstruction_in_the_house_range() -> None:
+    module = toy_module()
+    run = trainer(1)
+    run.fit(module, loader())
+    run.validate(module, loader(2), verbose=False)
+    module.eval()
+    errors, values, codes = [], [], []
+    for key in range(2):
+        video = batch(key)["video"]
+        encoded = module.tokenizer.encode(video)
+        reconstruction = module.tokenizer.decode(encoded.latents)
+        errors += [(a - b).square().mean() for a, b in zip(video, reconstruction, strict=True)]
+        native = module.tokenizer.decode_native(encoded.latents)
+        values.append((native - module.tokenizer.to_native(video)).abs().mean())
+        codes.append(encoded.codes)
+    psnr = torch.stack([10 * torch.log10(2**2 / error) for error in errors]).mean()
+    metrics = run.callback_metrics
+    assert metrics["val/psnr"].item() == pytest.approx(psnr.item(), rel=1e-5)
+    assert metrics["val/l1"].item() == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
+    probabilities = torch.bincount(torch.cat(codes).flatten(), minlength=8) / torch.cat(codes).numel()
+    entropy = -sum(p * p.log() for p in probabilities if p > 0)
+    assert metrics["val/perplexity"].item() == pytest.approx(entropy.exp().item(), rel=1e-4)
+
+
+def test_a_curriculum_batch_trains_on_the_video_it_holds() -> None:
+    window = batch(0) | {"window_start": 4, "window_frames": 2, "margin_before": 1}
+    assert fit(toy_module(), 1, DataLoader([window], batch_size=None)).steps == [1]
+
+
+def test_float16_is_refused_before_training_starts() -> None:
+    module = toy_module()
+    # on the CPU, Lightning turns 16-mixed into bfloat16 before a module could see it
+    module.trainer = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(ValueError, match=r"--trainer.precision=16-mixed .* Use bf16-mixed or 32-true"):
+        module.setup("fit")
+
+
+def test_bfloat16_trains() -> None:
+    recorder = fit(toy_module(discriminator_start_step=0), 2, precision="bf16-mixed")
+    assert recorder.states[-1]["tokenizer.quantizer.embeddings"].dtype == torch.float32
+    assert all(torch.isfinite(torch.tensor(value)) for value in recorder.logged[-1].values())
+
+
+def test_missing_perceptual_weights_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = toy_module(perceptual_weight=4.0, perceptual_weights=str(tmp_path))
+    with caplog.at_level(logging.WARNING, "lightning_modules.vqgan3d"):
+        run = trainer(2)
+        run.fit(module, loader(), loader(1))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "--model.perceptual_weights" in message
+    assert "https://" in message
+    assert "train/perceptual" not in run.callback_metrics
+
+
+def test_perceptual_loss_looks_at_the_chosen_frames_and_stays_out_of_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+
+    class Perceptual(torch.nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            seen.append(x)
+            return (x - y).abs().mean()
+
+    monkeypatch.setattr(LPIPS, "from_folder", lambda folder: Perceptual())
+    module = toy_module(perceptual_weight=4.0)
+    recorder = fit(module, 1)
+    assert seen[0].shape == (2, 3, 8, 8)
+    native = batch(0)["video"] * 0.5
+    assert all((native[i] == seen[0][i][:, None]).all(0).all((1, 2)).any() for i in range(2))
+    logged = recorder.logged[0]
+    expected = 4 * logged["train/l1"] + 4 * logged["train/perceptual"] + logged["train/commitment"]
+    assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
+    assert not any("perceptual" in name for name in module.state_dict())
+
+
+def test_shown_videos_are_originals_above_reconstructions() -> None:
+    module = toy_module()
+    fit(module, 1)
+    module.train()
+    before = copy.deepcopy(module.state_dict())
+    shown = module.sample_videos(batch(0, size=3), torch.arange(2))
+    assert shown.shape == (2, 3, 4, 16, 8)
+    assert torch.equal(shown[:, :, :, :8], batch(0, size=3)["video"][:2])
+    assert shown.abs().max() <= 1
+    assert not shown.requires_grad
+    assert module.tokenizer.encoder.training  # looking neither trains nor stops training
+    assert equal(before, module.state_dict())
+    module.tokenizer.eval()
+    expected = module.tokenizer.decode(module.tokenizer.encode(batch(0, size=3)["video"]).latents)[:2]
+    assert torch.allclose(shown[:, :, :, 8:], expected, atol=1e-6)
+
+
+RANK_SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_vqgan3d import ddp_run
+ddp_run(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+"""
+
+
+def ddp_run(folder: str, rank: int, ranks: int) -> None:
+    """Train in float64; each rank sees its share of every batch of four."""
+    torch.set_num_threads(1)
+    share = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+    batches = [{name: value[share] for name, value in batch(key, size=4).items()} for key in range(8)]
+    module = toy_module(
+        toy_tokenizer(restart_threshold=0.5), discriminator_start_step=1, accumulate_grad_batches=2, lr=1e-3
+    )
+    options: dict[str, Any] = {"precision": "64-true", "max_epochs": 1, "use_distributed_sampler": False}
+    if ranks > 1:
+        options |= {"strategy": "ddp_find_unused_parameters_true", "devices": ranks}
+    run = trainer(4, **options)
+    run.fit(module, DataLoader(batches, batch_size=None))
+    metrics = run.validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]
+    torch.save({"state": module.state_dict(), "metrics": metrics, "step": run.global_step}, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_with_both_batches(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-c", RANK_SCRIPT, str(Path(__file__).parent), str(tmp_path), str(rank), "2"]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    (tmp_path / "one").mkdir()
+    ddp_run(str(tmp_path / "one"), 0, 1)
+    one = torch.load(tmp_path / "one" / "0.pt")
+    assert equal(ranks[0]["state"], ranks[1]["state"])
+    for name, value in one["state"].items():
+        assert torch.allclose(ranks[0]["state"][name].double(), value.double(), rtol=1e-6, atol=1e-9), name
+    assert ranks[0]["step"] == one["step"] == 4
+    assert ranks[0]["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
