@@ -10,6 +10,8 @@ What this adds to LightningCLI:
 """
 
 import json
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +19,12 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
@@ -39,8 +43,41 @@ LINKS = (
     ("seed_everything", "data.init_args.seed"),
     ("seed_everything", "model.init_args.seed"),
 )
-# Model arguments that a checkpoint does not bind: where its tokenizer lies (the hash is checked), and how to sample.
-FREE_ARGUMENTS = {"tokenizer", "sampling"}
+# Lightning's warnings that do not apply here, as beginnings of their messages.
+NOT_FOR_US = (
+    "Using ModelCheckpoint with manual optimization",  # our checkpoints are meant to hold the state after the step
+    "Checkpoint directory .* exists and is not empty",  # the run that is resumed
+    "The dirpath has changed",  # a run that was moved, or is named by another path
+    "Be aware that when using `ckpt_path`, callbacks",  # sampling and validation have no use for those of a fit
+    "The 'predict_dataloader' does not have many workers",  # it counts seeds
+    # Lightning asks torch for a type that torch has renamed: still so in Lightning 2.6.6
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+class Seeds(LightningDataModule):
+    """What `sample` generates from: each rank has every world-size-th seed.
+
+    Args:
+        seeds: All seeds.
+        batch_size: Videos generated at once on each device.
+        num_frames: Pixel frames of each video.
+    """
+
+    def __init__(self, seeds: range, batch_size: int, num_frames: int) -> None:
+        super().__init__()
+        self.seeds = seeds
+        self.batch_size = batch_size
+        self.num_frames = num_frames
+
+    def predict_dataloader(self) -> DataLoader[int]:
+        """Return batches of `seeds` `[B]` and `num_frames`; called when the processes know their ranks."""
+        mine = self.seeds[self.trainer.global_rank :: self.trainer.world_size] if self.trainer else self.seeds
+        return DataLoader(
+            mine,  # type: ignore[arg-type] # a range has all that is needed
+            batch_size=self.batch_size,
+            collate_fn=lambda batch: {"seeds": torch.tensor(batch), "num_frames": self.num_frames},
+        )
 
 
 class LongtakeTrainer(Trainer):
@@ -72,19 +109,34 @@ class LongtakeTrainer(Trainer):
             out: Folder to write to; null makes `samples-<checkpoint>` beside the checkpoint's folder.
         """
         if not isinstance(model, VideoGenerator):
-            raise ValueError(f"{type(model).__name__} generates no videos; `longtake validate` shows reconstructions.")
+            raise ValueError(f"{type(model).__name__} generates no videos; `longtake validate` measures a tokenizer.")
+        for name, value, least in (
+            ("num_samples", num_samples, self.world_size),
+            ("batch_size", batch_size, 1),
+            ("first_seed", first_seed, 0),
+            ("fps", fps, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} is too small: at least {least} (--{name}).")
         frames = model.num_frames if num_frames is None else num_frames
-        seeds: DataLoader[int] = DataLoader(
-            range(first_seed, first_seed + num_samples),  # type: ignore[arg-type] # a range has all that is needed
-            batch_size=batch_size,
-            collate_fn=lambda batch: {"seeds": torch.tensor(batch), "num_frames": frames},
-        )
+        seeds = range(first_seed, first_seed + num_samples)
         checkpoint = Path(ckpt_path)
         folder = Path(out) if out else checkpoint.parent.parent / f"samples-{checkpoint.stem}"
-        about = {"checkpoint": str(checkpoint), "num_frames": frames, "sampling": asdict(model.sampling)}
+        about = {
+            "checkpoint": str(checkpoint),
+            "num_frames": frames,
+            "sampling": asdict(model.sampling),
+            "seeds": list(seeds),
+        }
         self.callbacks.append(SampleWriter(folder, fps, about))  # type: ignore[attr-defined]
-        self.predict(model, seeds, return_predictions=False, ckpt_path=checkpoint, weights_only=True)
-        print(f"{num_samples} videos of {frames} frames: {folder}")
+        self.predict(
+            model,
+            datamodule=Seeds(seeds, batch_size, frames),
+            return_predictions=False,
+            ckpt_path=checkpoint,
+            weights_only=True,
+        )
+        rank_zero_info(f"{num_samples} videos of {frames} frames: {folder}")
 
     def tokenize(
         self,
@@ -101,7 +153,6 @@ class LongtakeTrainer(Trainer):
         """
         if not isinstance(model, VideoGenerator) or not out:
             raise ValueError("Give the experiment of a generator, and --out FOLDER: `tokenize` runs its tokenizer.")
-        model.load_tokenizer()
         model.to(self.strategy.root_device)
         about = {
             "tokenizer_digest": model.tokenizer_digest,
@@ -122,7 +173,10 @@ def expanded_configs(path: Path, children: tuple[Path, ...] = ()) -> list[Path]:
     if not path.is_file():
         asked_by = f" (the base of {children[-1]})" if children else ""
         raise FileNotFoundError(f"No experiment file {path}{asked_by}.")
-    content = yaml.safe_load(path.read_text()) or {}
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no experiment: expected keys such as `model:` and `data:`.")
     base = content.get("base") or []
@@ -141,17 +195,29 @@ def option_values(args: Sequence[str], name: str) -> list[tuple[int, int, str]]:
     return found
 
 
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The run's newest checkpoint that is whole: a run that was killed while it wrote one may leave a part of it."""
+    files = {path.resolve() for path in run_folder.glob("checkpoints/*.ckpt") if path.exists()}
+    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            rank_zero_warn(f"Left out: {error}")
+        else:
+            return path
+    return None
+
+
 def resumed(args: list[str]) -> list[str]:
     """Replace `--resume RUN` by the run's configuration, its newest checkpoint and its folder."""
     for position, words, value in option_values(args, "resume"):
         run_folder = Path(value)
-        checkpoints = sorted(run_folder.glob("checkpoints/*.ckpt"), key=lambda path: path.lstat().st_mtime)
-        if not (run_folder / "config.yaml").is_file() or not checkpoints:
+        newest = newest_checkpoint(run_folder)
+        if not (run_folder / "config.yaml").is_file() or newest is None:
             raise FileNotFoundError(
                 f"{run_folder} is no run to resume: expected config.yaml and checkpoints/*.ckpt in it "
                 f"(--resume runs/<experiment>/version_<n>)."
             )
-        newest = checkpoints[-1].resolve()
         args[position : position + words] = [
             f"--config={run_folder / 'config.yaml'}",
             f"--ckpt_path={newest}",
@@ -159,7 +225,7 @@ def resumed(args: list[str]) -> list[str]:
             f"--run_name={run_folder.parent.name}",
             f"--run_version={run_folder.name}",
         ]
-        print(f"Resuming {run_folder} from {newest.name}.")
+        rank_zero_info(f"Resuming {run_folder} from {newest.name}.")
         return resumed(args)
     return args
 
@@ -180,7 +246,7 @@ def refuse_linked_values(args: Sequence[str], files: Sequence[Path]) -> None:
 
 def prepared(args: Sequence[str]) -> list[str]:
     """Expand `--resume` and `base:`, refuse linked values, and name the run after its first experiment file."""
-    args = resumed(list(args))
+    args = resumed(["--config" if word == "-c" else word for word in args])
     out: list[str] = []
     files: list[Path] = []
     positions = {i: (words, value) for i, words, value in option_values(args, "config")}
@@ -201,15 +267,51 @@ def prepared(args: Sequence[str]) -> list[str]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved configuration beside the run, and inside its checkpoints as plain types."""
+    """Saves the resolved configuration beside the run, and inside its checkpoints as plain types.
+
+    Where a run lies and which checkpoint it went on from are no part of an experiment: whoever uses the file again
+    makes a new run.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        config = config.clone()
+        for key in ("base", "run_version", "ckpt_path", "weights_only"):
+            config.pop(key, None)
+        super().__init__(parser, config, **options)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it, if there is a run to save it beside: without a logger, it would lie in the working directory."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration to a checkpoint."""
+        """Add the configuration to a checkpoint, and forget a step that failed before its end.
+
+        Its batch has been handed out and counted: a resumed run would leave it out, and validate a step early.
+        """
         checkpoint["config"] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        loop = checkpoint["loops"]["fit_loop"]
+        batches = loop["epoch_loop.batch_progress"]
+        unfinished = batches["current"]["ready"] - batches["current"]["processed"]
+        for count in (batches["current"], batches["total"]):
+            count |= {"ready": count["ready"] - unfinished, "started": count["processed"]}
+        for loader in loop["state_dict"].get("combined_loader", []):
+            loader["batch"] -= unfinished
+
+
+class LongtakeParser(LightningArgumentParser):
+    """A parser whose errors are the message alone: the usage before it would be a hundred lines."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing; `--help` prints all."""
 
 
 class LongtakeCLI(LightningCLI):
     """The command line: any LightningModule, any data module, and the sections that every run has."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args`. LightningCLI would warn that they came besides the process's own, from which they are made."""
+        self.config = parser.parse_args(args)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -241,18 +343,28 @@ class LongtakeCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI lays the checkpoint's hyper-parameters over files and flags. We compare, and stop if they differ.
-        config = self.config[self.config.subcommand]
-        if not config.get("ckpt_path"):
+        command = self.config.subcommand
+        config = self.config[command]
+        path = config.get("ckpt_path")
+        if not path:
+            if command in ("validate", "sample"):
+                raise ValueError(f"`longtake {command}` needs trained weights: --ckpt_path CHECKPOINT.")
             return
-        checkpoint = read_checkpoint(Path(config.ckpt_path))
-        saved = dict(checkpoint.get("hyper_parameters", {}))
-        given = json.loads(self._parser(self.config.subcommand).dump(config, skip_none=False, format="json"))["model"]
-        now = {"_class_path": given["class_path"], **given["init_args"]}
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"No checkpoint at {path} (--ckpt_path takes a file; --resume RUN finds the newest one of a run)."
+            )
+        saved = read_checkpoint(Path(path)).get("hyper_parameters", {})
         saved = json.loads(json.dumps(saved))  # tuples become lists, as in the dumped configuration
+        dumped = self._parser(command).dump(config, skip_none=False, skip_link_targets=False, format="json")
+        given = json.loads(dumped)["model"]
+        now = {"_class_path": given["class_path"], **given["init_args"]}
+        # A checkpoint does not bind how to sample, nor where the tokenizer lies: its hash is checked when it is loaded.
+        free = {"sampling"} | {key for key in ("tokenizer",) if isinstance(now.get(key), str)}
         differing = [
             f"  {key.lstrip('_')}: {saved[key]!r} in the checkpoint, {now[key]!r} given"
-            for key in saved.keys() & now.keys()
-            if saved[key] != now[key] and key not in FREE_ARGUMENTS
+            for key in saved.keys() & now.keys() - free
+            if saved[key] != now[key]
         ]
         if differing:
             raise ValueError(
@@ -262,18 +374,24 @@ class LongtakeCLI(LightningCLI):
                 "Give the experiment and the overrides that the run was started with; `--resume RUN` does so by itself."
             )
 
-    def before_instantiate_classes(self) -> None:
-        """Forget `base`: the configuration that is saved is whole, and lies elsewhere."""
-        self.config[self.subcommand].base = None
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to `<run_root>/<run_name>/<run_version>` unless the experiment names a logger of its own."""
+        """Log to `<run_root>/<run_name>/<run_version>`, unless the experiment names a logger of its own.
+
+        Only a fit makes a run: the other commands have no logger, and none of the sections that are callbacks.
+        """
         config = self.config[self.subcommand]
-        if self.subcommand == "fit" and config.trainer.logger in (None, True):
+        unused: list[str] = []
+        if self.subcommand != "fit":
+            kwargs["logger"] = False
+            unused = self._parser(self.subcommand).callback_keys
+        elif config.trainer.fast_dev_run:
+            unused = ["checkpoint"]  # Lightning 2.6.6 would write its `save_last` into the working directory
+        elif config.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(config.run_root, name=config.run_name, version=config.run_version)
-        elif config.trainer.logger is None:
-            kwargs["logger"] = False  # only a fit makes a run
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        for section in unused:
+            trainer.callbacks.remove(self._get(self.config_init, section))  # type: ignore[attr-defined]
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Load the frozen tokenizer before any data, and hand the curriculum to the data module."""
@@ -299,17 +417,28 @@ class LongtakeCLI(LightningCLI):
         self.datamodule.set_curriculum(curriculum.frames_at, margin, self.model.downsample[0])
 
 
+def is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is about the run."""
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+
 def run(args: Sequence[str]) -> LongtakeCLI:
     """Parse the command line, run its command, and return what was run."""
-    return LongtakeCLI(
-        LightningModule,
-        VideoDataModule,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
-        trainer_class=LongtakeTrainer,
-        seed_everything_default=42,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        args=prepared(args),
-    )
+    # Lightning advertises its company's packages with every run.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_advertisement)
+    with warnings.catch_warnings():
+        for message in NOT_FOR_US:
+            warnings.filterwarnings("ignore", message)
+        return LongtakeCLI(
+            LightningModule,
+            VideoDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_class=LongtakeTrainer,
+            parser_class=LongtakeParser,
+            seed_everything_default=42,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=prepared(args),
+        )

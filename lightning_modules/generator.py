@@ -14,7 +14,7 @@ from models.tokenizers import VQGAN3D
 from models.weights import load_tokenizer, state_digest
 
 # Streams of random numbers within one training step, so that no two draws share a key.
-MASK_RATIO_STREAM, MASK_ORDER_STREAM = 1, 2
+MASK_RATIO_STREAM, MASK_ORDER_STREAM, VALIDATION_STREAM = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,14 @@ class VideoGenerator(LightningModule):
     # The tokenizer
 
     def load_tokenizer(self) -> None:
-        """Load the frozen tokenizer: a step of its own, so that a model can be built and counted without one.
+        """Load the frozen tokenizer, once: a step of its own, so that a model can be built and counted without one.
 
         Raises:
             FileNotFoundError: If there is none at the path given.
             ValueError: If it does not have the geometry or the codebook that this model is built for.
         """
+        if "tokenizer" in self.__dict__:
+            return
         path = Path(self.tokenizer_path)
         if not path.exists():
             raise FileNotFoundError(
@@ -102,9 +104,8 @@ class VideoGenerator(LightningModule):
         self.tokenizer_digest = state_digest(tokenizer.state_dict())
 
     def setup(self, stage: str) -> None:
-        """Load the tokenizer, unless it was loaded before."""
-        if "tokenizer" not in self.__dict__:
-            self.load_tokenizer()
+        """Load the tokenizer."""
+        self.load_tokenizer()
 
     def _placed_tokenizer(self) -> VQGAN3D:
         if self.tokenizer.quantizer.embeddings.device != self.device:
@@ -119,13 +120,23 @@ class VideoGenerator(LightningModule):
         """Refuse to go on with another tokenizer than the one that the weights were trained on."""
         if "tokenizer_digest" not in checkpoint:
             raise ValueError("The checkpoint names no tokenizer: it was not written by a generator of this project.")
+        self.load_tokenizer()
         if checkpoint["tokenizer_digest"] != self.tokenizer_digest:
             raise ValueError(
                 f"The checkpoint was trained on tokenizer {checkpoint['tokenizer_digest'][:12]}, but "
-                f"{self.tokenizer_path} is {self.tokenizer_digest[:12]}. Give the tokenizer it was trained on (--model.tokenizer)."
+                f"{self.tokenizer_path} is {self.tokenizer_digest[:12]}. Give the one it was trained on "
+                "(--model.tokenizer)."
             )
 
     # Batches
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video `[B, 3, T, H, W]` in [-1, 1] to codes `[B, t, h, w]`.
+
+        In float32 whatever the training's precision: the nearest code is another one under autocast, for some tokens.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return self._placed_tokenizer().encode(video.float()).codes
 
     @torch.no_grad()
     def window_codes(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
@@ -138,7 +149,7 @@ class VideoGenerator(LightningModule):
         Returns:
             `[B, t', h, w]` int64, and the window's first latent frame.
         """
-        codes = batch["codes"] if "codes" in batch else self._placed_tokenizer().encode(batch["video"]).codes
+        codes = batch["codes"] if "codes" in batch else self.encode_video(batch["video"])
         if "window_frames" not in batch:
             return codes, 0
         frames = self.downsample[0]
@@ -171,9 +182,10 @@ class VideoGenerator(LightningModule):
         """
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes `[B, t, h, w]` to video `[B, 3, T, H, W]` in [-1, 1]."""
+        """Codes `[B, t, h, w]` to video `[B, 3, T, H, W]` in [-1, 1], in float32."""
         tokenizer = self._placed_tokenizer()
-        return tokenizer.decode(tokenizer.codes_to_latents(codes))
+        with torch.autocast(self.device.type, enabled=False):
+            return tokenizer.decode(tokenizer.codes_to_latents(codes))
 
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show: `[len(seeds), 3, T, H, W]`."""

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_modules.generator import MASK_ORDER_STREAM, MASK_RATIO_STREAM, Condition, VideoGenerator
+from lightning_modules.generator import (
+    MASK_ORDER_STREAM,
+    MASK_RATIO_STREAM,
+    VALIDATION_STREAM,
+    Condition,
+    VideoGenerator,
+)
 from models.priors.decoding import (
     ConfidenceDecoding,
     MaskSchedule,
@@ -41,6 +47,8 @@ class MeBTModule(VideoGenerator):
         num_latents: Latent bottleneck tokens.
         blocks: Kind of each block, in order; the default is the published stack of 24.
         dropout: Dropout of embeddings, attention and MLPs.
+        position_init: `normal` noise, as the release does, or `sinusoidal`, which small models learn much sooner from.
+        init_std: Standard deviation of initial weights and embeddings; the release's 0.02 is for width 1024.
         mask_schedule: Mask ratio as a function of a uniform number; linear in all published configurations.
         rho_power: Power of the masked fraction that divides the loss: 1 is the mean over masked tokens (published
             configurations), 0 the plain sum of the paper's Eq. 3, per token of the window.
@@ -65,6 +73,8 @@ class MeBTModule(VideoGenerator):
         num_latents: int = 256,
         blocks: Sequence[BlockKind] = PUBLISHED_STACK,
         dropout: float = 0.0,
+        position_init: Literal["normal", "sinusoidal"] = "normal",
+        init_std: float = 0.02,
         mask_schedule: MaskSchedule = "linear",
         rho_power: float = 1.0,
         lr: float = 3e-5,
@@ -76,11 +86,14 @@ class MeBTModule(VideoGenerator):
         seed: int = 0,
     ) -> None:
         super().__init__(tokenizer, num_frames, resolution, downsample, codebook_size, seed)
+        if isinstance(sampling, dict):  # read from a checkpoint
+            sampling = ConfidenceDecoding(**sampling)
         self.save_hyperparameters(ignore=["sampling"])
         self.save_hyperparameters({"sampling": asdict(sampling)})  # a checkpoint holds plain types
         self.sampling = sampling
         t, h, w = self.latent_shape
-        self.network = MeBT(codebook_size, t * h * w, dim, num_heads, num_latents, blocks, dropout)
+        grid = (t, h, w) if position_init == "sinusoidal" else None
+        self.network = MeBT(codebook_size, t * h * w, dim, num_heads, num_latents, blocks, dropout, grid, init_std)
 
     # Training
 
@@ -88,19 +101,24 @@ class MeBTModule(VideoGenerator):
         """Mask a random part of the window and predict it; one mask ratio for the whole batch on all ranks."""
         codes, start = self.window_codes(batch)
         tau = torch.rand((), generator=self.step_generator(MASK_RATIO_STREAM)).item()  # a host generator: no sync
-        order_generator = self.step_generator(MASK_ORDER_STREAM, batch_idx, device=self.device)
         num_tokens = codes[0].numel()
-        noise = self.sliced_by_rank(
-            lambda size: torch.rand(size, num_tokens, device=self.device, generator=order_generator), len(codes)
-        )
+        generator = self.step_generator(MASK_ORDER_STREAM, batch_idx, device=self.device)
+        order = self.random_order(generator, len(codes), num_tokens)
         num_masked = max(1, num_masked_tokens(self.hparams["mask_schedule"], tau, num_tokens))
-        nll = self.masked_nll(codes, start, noise.argsort(dim=1), num_masked)
+        nll = self.masked_nll(codes, start, order, num_masked)
         loss = masked_token_loss(nll, num_tokens, self.hparams["rho_power"])
         self.tokens_per_batch = codes.numel()
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/nll", nll.detach().mean())
         self.log("train/mask_ratio", num_masked / num_tokens)
         return loss
+
+    def random_order(self, generator: torch.Generator, batch_size: int, num_tokens: int) -> Tensor:
+        """A permutation of the tokens for each sample `[B, N]`: drawn for the batch of all ranks, then sliced."""
+        noise = self.sliced_by_rank(
+            lambda size: torch.rand(size, num_tokens, device=self.device, generator=generator), batch_size
+        )
+        return noise.argsort(dim=1)
 
     def masked_nll(self, codes: Tensor, start: int, order: Tensor, num_masked: int) -> Tensor:
         """Cross-entropy of masked tokens given the others.
@@ -127,8 +145,8 @@ class MeBTModule(VideoGenerator):
         num_tokens = codes[0].numel()
         total = torch.zeros((), device=self.device)
         for ratio in VALIDATION_MASK_RATIOS:
-            generator = keyed_generator(self.seed, batch_idx, self.global_rank, device=self.device)
-            order = torch.rand(len(codes), num_tokens, device=self.device, generator=generator).argsort(dim=1)
+            generator = keyed_generator(self.seed, batch_idx, VALIDATION_STREAM, device=self.device)
+            order = self.random_order(generator, len(codes), num_tokens)
             nll = self.masked_nll(codes, start, order, round(ratio * num_tokens)).mean()
             total += nll / len(VALIDATION_MASK_RATIOS)
             self.log(f"val/nll_{ratio:.2f}", nll, batch_size=len(codes), sync_dist=True)

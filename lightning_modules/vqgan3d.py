@@ -1,7 +1,7 @@
 """Training of the 3D-VQGAN tokenizer as in TATS, appendix and released code."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.blocks.distributed import sum_over_ranks
 from models.random import keyed_generator
+from models.schedules import learning_rate_factor
 from models.tokenizers.discriminators import PatchDiscriminator
 from models.tokenizers.losses import LPIPS, GANLoss, discriminator_loss, generator_terms, pick_frames
 from models.tokenizers.quantizers import Encoded, code_counts, usage_statistics
@@ -32,6 +33,7 @@ class VQGAN3DModule(LightningModule):
     Args:
         tokenizer: Encoder, quantizer and decoder.
         l1_weight: Weight of the mean absolute error.
+        l2_weight: Weight of the mean squared error; TATS has none. It learns small bright things much sooner.
         perceptual_weight: Weight of LPIPS on one random frame a clip; 0 does without its weights.
         image_gan_weight: Weight of the frame discriminator; 0 does not build it.
         video_gan_weight: Weight of the clip discriminator; 0 does not build it.
@@ -42,6 +44,8 @@ class VQGAN3DModule(LightningModule):
         discriminator_layers: Number of halving convolutions in the discriminators.
         lr: Learning rate of both Adam optimizers, as given. TATS: 3e-5 * accumulate * (GPUs / 8) * (batch / 4) = 9e-5.
         betas: Betas of both Adam optimizers.
+        warmup_steps: Steps of linear warm-up of both learning rates.
+        lr_schedule: `constant`, or `cosine` down to zero at trainer.max_steps.
         gradient_clip_norm: Largest norm of the gradients, for each optimizer by itself; 0 does not clip.
         accumulate_grad_batches: Batches a step. (The Trainer's flags for clipping and accumulation do not reach two
             optimizers.)
@@ -56,6 +60,7 @@ class VQGAN3DModule(LightningModule):
         self,
         tokenizer: VQGAN3D,
         l1_weight: float = 4.0,
+        l2_weight: float = 0.0,
         perceptual_weight: float = 4.0,
         image_gan_weight: float = 1.0,
         video_gan_weight: float = 1.0,
@@ -66,6 +71,8 @@ class VQGAN3DModule(LightningModule):
         discriminator_layers: int = 3,
         lr: float = 9e-5,
         betas: tuple[float, float] = (0.5, 0.9),
+        warmup_steps: int = 0,
+        lr_schedule: Literal["constant", "cosine"] = "constant",
         gradient_clip_norm: float = 1.0,
         accumulate_grad_batches: int = 1,
         perceptual_weights: str = "weights/lpips",
@@ -80,6 +87,7 @@ class VQGAN3DModule(LightningModule):
         self.automatic_optimization = False
         self.tokenizer = tokenizer
         self.l1_weight = l1_weight
+        self.l2_weight = l2_weight
         self.perceptual_weight = perceptual_weight
         self.image_gan_weight = image_gan_weight
         self.video_gan_weight = video_gan_weight
@@ -88,6 +96,8 @@ class VQGAN3DModule(LightningModule):
         self.discriminator_start_step = discriminator_start_step
         self.lr = lr
         self.betas = betas
+        self.warmup_steps = warmup_steps
+        self.lr_schedule = lr_schedule
         self.gradient_clip_norm = gradient_clip_norm
         self.accumulate_grad_batches = accumulate_grad_batches
         self.perceptual_weights = perceptual_weights
@@ -107,7 +117,7 @@ class VQGAN3DModule(LightningModule):
     def generator_losses(
         self, pixels: Tensor, reconstruction: Tensor, encoded: Encoded, frames: Tensor, adversarial: bool
     ) -> dict[str, Tensor]:
-        """Terms of the tokenizer's loss, before `l1_weight`, `perceptual_weight` and `feature_matching_weight`.
+        """Terms of the tokenizer's loss, before the weights of `generator_loss`.
 
         Args:
             pixels: `[B, 3, T, H, W]` in the native range.
@@ -117,10 +127,12 @@ class VQGAN3DModule(LightningModule):
             adversarial: whether the discriminators take part.
 
         Returns:
-            Scalars `l1`, `commitment` (weighted by the quantizer), and with the networks that take part `perceptual`,
-            `gan` and `feature_matching`.
+            Scalars `l1`, `commitment` (weighted by the quantizer), `l2` if it has a weight, and with the networks that
+            take part `perceptual`, `gan` and `feature_matching`.
         """
         terms = {"l1": F.l1_loss(reconstruction, pixels), **encoded.losses}
+        if self.l2_weight > 0:
+            terms["l2"] = F.mse_loss(reconstruction, pixels)
         if self.perceptual is not None:
             perceptual = self.perceptual.to(pixels.device)  # nobody else moves what is outside the module tree
             terms["perceptual"] = perceptual(pick_frames(pixels, frames), pick_frames(reconstruction, frames))
@@ -136,6 +148,7 @@ class VQGAN3DModule(LightningModule):
         """Weighted sum of `generator_losses`."""
         weights = {
             "l1": self.l1_weight,
+            "l2": self.l2_weight,
             "perceptual": self.perceptual_weight,
             "feature_matching": self.feature_matching_weight,
         }
@@ -173,8 +186,10 @@ class VQGAN3DModule(LightningModule):
         """Refuse what cannot work; read the perceptual network.
 
         Raises:
-            ValueError: if it is to be trained in float16.
+            ValueError: if it is to be trained in float16, or a cosine schedule has no end.
         """
+        if stage == "fit" and self.lr_schedule == "cosine" and self.trainer.max_steps < 1:
+            raise ValueError("lr_schedule=cosine ends with the run and needs its length: set --trainer.max_steps.")
         if stage == "fit" and self.trainer.precision.startswith("16-"):
             raise ValueError(
                 f"--trainer.precision={self.trainer.precision} does not fit this model: its two optimizers step "
@@ -225,6 +240,10 @@ class VQGAN3DModule(LightningModule):
             gradient_clip_val=self.gradient_clip_norm,
             gradient_clip_algorithm="norm",
         )
+        # Lightning steps no scheduler in manual optimisation; as a function of the step it needs no state either.
+        decay_steps = self.trainer.max_steps if self.lr_schedule == "cosine" else None
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * learning_rate_factor(self.global_step, self.warmup_steps, decay_steps)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import pickle
 import re
 import tempfile
 from pathlib import Path
@@ -58,19 +59,35 @@ def state_digest(state: dict[str, Tensor]) -> str:
 
 
 def build(config: dict[str, Any]) -> Any:
-    """Build an object from `{"class_path": ..., "init_args": {...}}`, recursively; only classes of `models` are built.
+    """Build a network from `{"class_path": ..., "init_args": {...}}`, recursively; only those of `models` are built.
 
     Raises:
-        ValueError: If a class lies outside this project's `models` package.
+        ValueError: If a class is no network, or lies outside this project's `models` package.
     """
     module_name, _, class_name = config["class_path"].rpartition(".")
-    if module_name.split(".")[0] != "models":
-        raise ValueError(f"A bundle asks for the class {config['class_path']!r}; only classes of `models` are built.")
+    found = None
+    if module_name.split(".")[0] == "models":
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    # a module of ours also holds what it imports, and functions that write files
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.split(".")[0] == "models"):
+        raise ValueError(f"A bundle asks for {config['class_path']!r}; only networks of `models` are built.")
     arguments = {
         key: build(value) if isinstance(value, dict) and "class_path" in value else value
         for key, value in (config.get("init_args") or {}).items()
     }
-    return getattr(importlib.import_module(module_name), class_name)(**arguments)
+    return found(**arguments)
+
+
+def build_tokenizer(config: dict[str, Any]) -> VQGAN3D:
+    """Build a tokenizer, see `build`.
+
+    Raises:
+        ValueError: If the configuration is that of another network.
+    """
+    tokenizer = build(config)
+    if not isinstance(tokenizer, VQGAN3D):
+        raise ValueError(f"{config['class_path']} is no tokenizer: expected models.tokenizers.VQGAN3D.")
+    return tokenizer
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
@@ -103,10 +120,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No checkpoint at {path}.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+    except pickle.UnpicklingError as error:
+        kinds = ", ".join(re.findall(r"GLOBAL (\S+)", str(error))) or "of an unknown kind"
         raise ValueError(
-            f"{path} is not a readable checkpoint of this project ({type(error).__name__}: {error})"
+            f"{path} holds Python objects ({kinds}) besides tensors and plain values. Reading them could run any code: "
+            "refused."
         ) from error
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint ({str(error).partition('. ')[0]})") from error
 
 
 def tokenizer_from_checkpoint(path: Path) -> tuple[VQGAN3D, dict[str, Any], dict[str, Any]]:
@@ -131,7 +152,7 @@ def tokenizer_from_checkpoint(path: Path) -> tuple[VQGAN3D, dict[str, Any], dict
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith("tokenizer.")
     }
-    tokenizer = build(config)
+    tokenizer = build_tokenizer(config)
     load_state(tokenizer, state, path)
     provenance = {
         "source": path.name,
@@ -168,12 +189,15 @@ def load_tokenizer(path: str | Path) -> VQGAN3D:
         path: A bundle folder, or a checkpoint of VQGAN3DModule.
 
     Raises:
-        FileNotFoundError: If nothing is there.
-        ValueError: If the weights do not fit the configuration beside them.
+        FileNotFoundError: If nothing is there, or a folder that is no bundle.
+        ValueError: If it is no tokenizer, or the weights do not fit the configuration beside them.
     """
     path = Path(path)
     if path.is_dir():
-        tokenizer = build(json.loads((path / "config.json").read_text()))
+        missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path} is no tokenizer bundle: it holds no {' and no '.join(missing)}.")
+        tokenizer = build_tokenizer(json.loads((path / "config.json").read_text()))
         load_state(tokenizer, load_file(path / "model.safetensors"), path)
     else:
         tokenizer, _, provenance = tokenizer_from_checkpoint(path)

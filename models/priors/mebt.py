@@ -8,6 +8,7 @@ A block differs from a textbook pre-norm block in one point that the released we
 the *normalised* query, so the raw stream is discarded at every layer.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -67,6 +68,13 @@ class MeBT(nn.Module):
             `latent_dec`: targets read the latents; `lt2l`: latents read themselves and the targets; `maskgit`: all
             tokens read all tokens (the quadratic baseline).
         dropout: Dropout everywhere, embeddings included.
+        grid: `(t, h, w)` of the longest clip, to start the positions from sines and cosines of the three coordinates
+            instead of noise: neighbours are alike from the first step, which small models learn much sooner from. None
+            starts from noise, as the release does. The parameter is learned in both cases.
+        init_std: Standard deviation of initial weights and embeddings: the release's 0.02 is for width 1024.
+
+    Raises:
+        ValueError: If `grid` does not have `num_tokens` places.
     """
 
     def __init__(
@@ -78,8 +86,12 @@ class MeBT(nn.Module):
         num_latents: int = 256,
         blocks: Sequence[BlockKind] = PUBLISHED_STACK,
         dropout: float = 0.0,
+        grid: tuple[int, int, int] | None = None,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        if grid is not None and math.prod(grid) != num_tokens:
+            raise ValueError(f"grid={grid} has {math.prod(grid)} places, not num_tokens={num_tokens}.")
         self.codebook_size = codebook_size
         self.num_tokens = num_tokens
         self.kinds = tuple(blocks)
@@ -91,17 +103,20 @@ class MeBT(nn.Module):
         self.blocks = nn.ModuleList(MeBTBlock(dim, num_heads, dropout=dropout) for _ in self.kinds)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, codebook_size, bias=False)  # not tied to the token embedding
-        self.reset_parameters()
+        self.reset_parameters(grid, init_std)
 
-    def reset_parameters(self) -> None:
-        """Initialise as the release does: N(0, 0.02) for weights and embeddings, zero biases, LayerNorm (1, 0)."""
+    def reset_parameters(self, grid: tuple[int, int, int] | None, init_std: float) -> None:
+        """Initialise: N(0, init_std) for weights and embeddings, zero biases, LayerNorm (1, 0); positions as told."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for embedding in (self.position_embedding, self.mask_embedding, self.latent_embedding):
-            nn.init.normal_(embedding, std=0.02)
+            nn.init.normal_(embedding, std=init_std)
+        if grid is not None:
+            with torch.no_grad():
+                self.position_embedding.copy_(init_std * sinusoidal_positions(grid, self.mask_embedding.shape[-1]))
 
     def decayed_parameters(self) -> list[nn.Parameter]:
         """Parameters under weight decay: the weights of Linear layers, the head included, and nothing else."""
@@ -138,6 +153,31 @@ class MeBT(nn.Module):
                     tokens = block(torch.cat([c, m], dim=1))
                     c, m = tokens.split([c.shape[1], m.shape[1]], dim=1)
         return self.head(self.norm(m))
+
+
+def sinusoidal_positions(grid: tuple[int, int, int], dim: int) -> Tensor:
+    """Sines and cosines of the coordinates of a grid in raster order: a quarter of the width for time, the rest halved.
+
+    Wavelengths run geometrically from 4 places to 4 times the axis.
+
+    Args:
+        grid: `(t, h, w)`.
+        dim: Width `D`, a multiple of 16.
+
+    Returns:
+        `[t h w, D]` in [-1, 1].
+    """
+    if dim % 16:
+        raise ValueError(f"dim={dim} must be a multiple of 16 for positions from sines and cosines (--model.dim).")
+    widths = (dim // 4, dim * 3 // 8, dim * 3 // 8)
+    features = []
+    for axis, (size, width) in enumerate(zip(grid, widths, strict=True)):
+        frequencies = torch.logspace(math.log10(math.pi / (2 * size)), math.log10(math.pi / 2), width // 2)
+        angles = torch.arange(size)[:, None] * frequencies  # [size, width / 2]
+        shape = [1, 1, 1, width]
+        shape[axis] = size
+        features.append(torch.cat([angles.sin(), angles.cos()], dim=1).view(shape).expand(*grid, width))
+    return torch.cat(features, dim=-1).flatten(0, 2)
 
 
 def masked_token_loss(nll: Tensor, num_window_tokens: int, rho_power: float = 1.0) -> Tensor:

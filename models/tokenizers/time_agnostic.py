@@ -46,19 +46,27 @@ class EncoderStage(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Transposed convolution, then two residual blocks."""
+    """Transposed convolution, then residual blocks `res1`, `res2`, ..."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: tuple[int, int, int], norm: Norm, padding: Padding
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: tuple[int, int, int],
+        num_res_blocks: int,
+        norm: Norm,
+        padding: Padding,
     ) -> None:
         super().__init__()
         self.up = SamePadConvTranspose3d(in_channels, out_channels, stride=stride, padding=padding)
-        self.res1 = ResBlock(out_channels, norm, padding)
-        self.res2 = ResBlock(out_channels, norm, padding)
+        for i in range(num_res_blocks):
+            self.add_module(f"res{i + 1}", ResBlock(out_channels, norm, padding))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C_in, T, H, W]` to `[B, C_out, T * s_t, H * s_h, W * s_w]`."""
-        return self.res2(self.res1(self.up(x)))
+        for layer in self.children():
+            x = layer(x)
+        return x
 
 
 class TimeAgnosticEncoder(nn.Module):
@@ -161,6 +169,8 @@ class TimeAgnosticDecoder(nn.Module):
         out_channels: Channels of the video.
         base_channels: Channels of the encoder's first convolution; the last stage here has twice as many.
         downsample: Frames, rows and columns that one latent covers, as in the encoder.
+        num_res_blocks: Residual blocks after each transposed convolution. TATS has 2; at full resolution they are most
+            of the cost.
         norm: `batch` (over all ranks) or `group`.
         padding: How every convolution continues its input past the borders.
     """
@@ -170,6 +180,7 @@ class TimeAgnosticDecoder(nn.Module):
         out_channels: int = 3,
         base_channels: int = 32,
         downsample: tuple[int, int, int] = (4, 8, 8),
+        num_res_blocks: int = 2,
         norm: Norm = "batch",
         padding: Padding = "replicate",
     ) -> None:
@@ -181,7 +192,8 @@ class TimeAgnosticDecoder(nn.Module):
         channels = [self.in_channels, *widths]
         self.final_block = nn.Sequential(make_norm(norm, self.in_channels), nn.SiLU())  # comes first; official name
         self.conv_blocks = nn.ModuleList(
-            DecoderStage(channels[i], channels[i + 1], stride, norm, padding) for i, stride in enumerate(strides)
+            DecoderStage(channels[i], channels[i + 1], stride, num_res_blocks, norm, padding)
+            for i, stride in enumerate(strides)
         )
         self.conv_last = SamePadConv3d(channels[-1], out_channels, padding=padding)
 

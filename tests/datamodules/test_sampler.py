@@ -278,9 +278,6 @@ def fit(tmp_path: Path) -> Callable[..., list[tuple[Any, ...]]]:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-# Lightning's own use of torch, and its advice to use more workers
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
-@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 class TestUnderLightning:
     @pytest.mark.parametrize(
         "options", [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 3}, {"limit_train_batches": 0.5}]

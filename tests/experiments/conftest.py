@@ -1,67 +1,42 @@
-"""A tiny world: configurations of seconds, written to a temporary folder."""
+"""One run of each tiny experiment that all tests may read, and a working directory to make more."""
 
 from pathlib import Path
 
 import pytest
-import yaml
+from tiny_experiments import make_bundle, write_tiny_experiments
 
-TOKENIZER = {
-    "class_path": "models.tokenizers.VQGAN3D",
-    "init_args": {
-        "encoder": {"class_path": "models.tokenizers.TimeAgnosticEncoder", "init_args": {"base_channels": 4}},
-        "quantizer": {
-            "class_path": "models.tokenizers.VectorQuantizer",
-            "init_args": {"codebook_size": 16, "dim": 8},
-        },
-        "decoder": {"class_path": "models.tokenizers.TimeAgnosticDecoder", "init_args": {"base_channels": 4}},
-    },
-}
-DATA = {
-    "class_path": "MovingShapesDataModule",
-    "init_args": {"num_frames": 16, "resolution": 32, "batch_size": 2, "num_train": 12, "num_val": 4},
-}
-TRAINER = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "max_steps": 4,
-    "check_val_every_n_epoch": None,
-    "val_check_interval": 4,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 1,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
+from experiments.cli import main
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tokenizer.yaml` and `mebt.yaml`, their runs below `runs`, and two bundles. Read only.
+
+    `exported` is the tokenizer of the run. The prior uses `tokenizer`, whose codes are all in use: six steps teach the
+    other one two or three.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    make_bundle(folder / "tokenizer")
+    write_tiny_experiments(folder, folder / "tokenizer")
+    for experiment in ("tokenizer", "mebt"):
+        main(["fit", f"--config={folder / experiment}.yaml", f"--run_root={folder / 'runs'}"])
+    main(["export", str(folder / "runs/tokenizer/version_0/checkpoints/last.ckpt"), str(folder / "exported")])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_run(world: Path) -> Path:
+    return world / "runs/tokenizer/version_0"
+
+
+@pytest.fixture(scope="session")
+def mebt_run(world: Path) -> Path:
+    return world / "runs/mebt/version_0"
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `tokenizer.yaml` and `mebt.yaml`, and the working directory set to it."""
-    tokenizer = {
-        "data": DATA,
-        "model": {"class_path": "VQGAN3DModule", "init_args": {"tokenizer": TOKENIZER, "perceptual_weight": 0.0}},
-        "trainer": TRAINER,
-        "checkpoint": {"every_n_train_steps": 2},
-    }
-    mebt = {
-        "data": DATA,
-        "model": {
-            "class_path": "MeBTModule",
-            "init_args": {
-                "tokenizer": "tokenizer",
-                "codebook_size": 16,
-                "dim": 16,
-                "num_heads": 2,
-                "num_latents": 4,
-                "blocks": ["latent_enc", "latent_self", "latent_dec", "lt2l", "latent_dec"],
-                "sampling": {"num_steps": 3},
-            },
-        },
-        "curriculum": {"schedule": "fraction", "full_length_from": 0.5},
-        "trainer": TRAINER,
-        "checkpoint": {"every_n_train_steps": 2},
-    }
-    (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(tokenizer))
-    (tmp_path / "mebt.yaml").write_text(yaml.safe_dump(mebt))
+def tiny(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with `tokenizer.yaml` and `mebt.yaml`, the latter with a trained tokenizer."""
+    write_tiny_experiments(tmp_path, world / "tokenizer")
     monkeypatch.chdir(tmp_path)
     return tmp_path
