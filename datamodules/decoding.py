@@ -22,12 +22,16 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
 # Where one packet is one frame and time stamps are kept. Others (AVI with placeholder packets, VP8 with hidden frames,
 # MPEG program streams) are counted by decoding them.
 _COUNTED_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _COUNTED_CODECS = {"h264", "hevc", "vp9", "av1"}
 _INDEX_VERSION = 1
+# From PyAV 17 on, conversion starts threads unless told not to. A worker process that is forked while such a converter
+# waits for garbage collection waits for its threads for ever, since threads do not survive a fork.
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 _SAVE_EVERY = 5000
 
 _log = logging.getLogger(__name__)
@@ -103,12 +107,15 @@ def iter_frames(
     wanted = iter(range(start, start + count * stride, stride))
     number_wanted = next(wanted)
     nearest_key = max(key for key in (0, *key_frames) if key <= start)
+    reformatter = VideoReformatter()
     length = 0
     for first in (nearest_key, 0) if nearest_key else (0,):
         for number, frame in _decode_from(path, first):
             length = number + 1
             if number == number_wanted:
-                yield _to_rgb(frame)
+                # converted before it becomes an array, since planes of odd sizes cannot be exported
+                rgb = reformatter.reformat(frame, format="rgb24", **_ONE_THREAD).to_ndarray()
+                yield rotate(rgb, frame.rotation)
                 number_wanted = next(wanted, -1)
                 if number_wanted < 0:
                     return
@@ -162,11 +169,6 @@ def _key_frames(packets: Sequence[_Packet]) -> tuple[int, ...]:
             key_frames.add(number)
         first_later = min(first_later, number)
     return tuple(sorted(key_frames))
-
-
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """Convert first, since planes of odd sizes cannot be exported, then turn."""
-    return rotate(frame.to_ndarray(format="rgb24"), frame.rotation)
 
 
 def rotate(image: np.ndarray, degrees: int) -> np.ndarray:

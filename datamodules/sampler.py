@@ -246,8 +246,8 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         self._resume_from = (0, 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override] # a generator is all that anyone needs
-        # A generator's body runs at its first `next`: by then Lightning has called `set_epoch`. The place to resume from
-        # is taken and cleared at once, since nobody promises to run the generator to its end.
+        # A generator's body runs at its first `next`: by then Lightning has called `set_epoch`. The place to resume
+        # from is taken and cleared at once, since nobody promises to run the generator to its end.
         epoch = self.batch_sampler.epoch
         resume_epoch, resume_batch = self._resume_from
         self._resume_from = (0, 0)

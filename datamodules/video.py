@@ -131,20 +131,20 @@ class VideoClips(Dataset[dict[str, Any]]):
         return len(self.videos)
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        candidate = request
+        candidate, reason = request, ""
         for attempt in range(1, _SUBSTITUTES + 2):
             try:
                 return make_item(candidate, self._read(candidate), self.videos[candidate.index].label)
             except UnreadableVideoError as error:
-                if candidate.index not in self._warned:
-                    self._warned.add(candidate.index)
-                    _log.warning("Another video is used instead of one that cannot be read: %s", error)
-                last_error = error
+                reason = str(error)
+            if candidate.index not in self._warned:
+                self._warned.add(candidate.index)
+                _log.warning("Another video is used instead of one that cannot be read: %s", reason)
             position = self._uniform(_SUBSTITUTE_STREAM, request.epoch, request.index, attempt)
             candidate = replace(request, index=int(position * len(self.videos)))
         raise UnreadableVideoError(
             f"{self.videos[request.index].path} and {_SUBSTITUTES} videos drawn in its place cannot be read, the last "
-            f"because of: {last_error}"
+            f"because of: {reason}"
         )
 
     def start(self, index: int, epoch: int) -> int:

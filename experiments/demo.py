@@ -71,14 +71,18 @@ def main(args: Sequence[str]) -> None:
 
 
 def code_numbers(folder: Path) -> dict[str, float]:
-    """Codebook use, and what counting knows about a code, on the held-out clips."""
+    """Codebook use on the held-out clips, and what counting the training clips knows about a code.
+
+    The entropy comes from the larger set: from few pairs of codes, it would come out too low.
+    """
     from datamodules.tokens import read_codes
     from models.metrics import conditional_entropy, perplexity
 
-    tensors, about = read_codes(folder, "val")
+    held_out, about = read_codes(folder, "val")
+    train, _ = read_codes(folder, "train")
     return {
-        "codes/perplexity": perplexity(tensors["codes"], about["codebook_size"]).item(),
-        "codes/entropy_given_previous": conditional_entropy(tensors["codes"], about["codebook_size"]).item(),
+        "codes/perplexity": perplexity(held_out["codes"], about["codebook_size"]).item(),
+        "codes/entropy_given_previous": conditional_entropy(train["codes"], about["codebook_size"]).item(),
     }
 
 

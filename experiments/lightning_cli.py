@@ -387,7 +387,9 @@ class LongtakeCLI(LightningCLI):
         elif config.trainer.fast_dev_run:
             unused = ["checkpoint"]  # Lightning 2.6.6 would write its `save_last` into the working directory
         elif config.trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(config.run_root, name=config.run_name, version=config.run_version)
+            kwargs["logger"] = TensorBoardLogger(
+                config.run_root, name=config.run_name, version=config.run_version, default_hp_metric=False
+            )
         trainer = super().instantiate_trainer(**kwargs)
         for section in unused:
             trainer.callbacks.remove(self._get(self.config_init, section))  # type: ignore[attr-defined]

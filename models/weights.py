@@ -4,6 +4,7 @@ A bundle is a folder with `model.safetensors`, `config.json` (class and argument
 (where the weights came from). Nothing here unpickles foreign objects.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -67,7 +68,8 @@ def build(config: dict[str, Any]) -> Any:
     module_name, _, class_name = config["class_path"].rpartition(".")
     found = None
     if module_name.split(".")[0] == "models":
-        found = getattr(importlib.import_module(module_name), class_name, None)
+        with contextlib.suppress(ModuleNotFoundError):
+            found = getattr(importlib.import_module(module_name), class_name, None)
     # a module of ours also holds what it imports, and functions that write files
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.split(".")[0] == "models"):
         raise ValueError(f"A bundle asks for {config['class_path']!r}; only networks of `models` are built.")

@@ -100,6 +100,15 @@ def test_reading_past_the_end_is_an_error_that_names_file_and_frame(videos: dict
         read_frames(videos["bframes.avi"], 50, 11)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
+def test_reading_starts_no_threads(videos: dict[str, Path]) -> None:
+    before = len(os.listdir("/proc/self/task"))
+    frames = decoding.iter_frames(videos["bframes.mp4"], 20, 3)
+    next(frames)
+    assert len(os.listdir("/proc/self/task")) == before
+    frames.close()
+
+
 class TestRotation:
     # counterclockwise, as PyAV tells it, with the first two rows and columns of the matrix in an mp4's track header
     @pytest.mark.parametrize(("degrees", "matrix"), [(90, (0, -1, 1, 0)), (180, (-1, 0, 0, -1)), (-90, (0, 1, -1, 0))])

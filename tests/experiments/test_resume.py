@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from experiments.cli import main
 from experiments.lightning_cli import run
+from lightning_modules import MeBTModule
 
 Curve = list[tuple[int, float]]
 
@@ -187,3 +188,11 @@ def test_validation_of_a_checkpoint_repeats_that_of_its_run(tiny: Path, mebt_run
     metrics = run(["validate", *words]).trainer.callback_metrics
     during = torch.load(mebt_run / "end.0.pt", weights_only=True)["metrics"]
     assert metrics["val/loss"] == during["val/loss"]
+
+
+def test_checkpoint_of_the_command_line_loads_in_python(mebt_run: Path) -> None:
+    """With the arguments that were linked or left at their defaults, and the sampling settings as they were typed."""
+    module = MeBTModule.load_from_checkpoint(mebt_run / "checkpoints/last.ckpt")
+    assert (module.num_frames, module.seed, module.sampling.num_steps) == (16, 42, 3)
+    for name, tensor in checkpoint(mebt_run, 6)["state_dict"].items():
+        assert torch.equal(module.state_dict()[name], tensor)

@@ -4,6 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import torch
 import yaml
 
@@ -89,7 +91,12 @@ def write_tiny_experiments(folder: Path, tokenizer: Path) -> None:
 
 
 def make_bundle(folder: Path, **changes: dict[str, Any]) -> VQGAN3D:
-    """Write a tokenizer with random weights whose codes are all in use; `changes` are arguments for its parts."""
+    """Write a tokenizer that was not trained, but all of whose codes are in use, and look different.
+
+    Args:
+        folder: The bundle to make.
+        changes: Arguments for its parts.
+    """
     config = copy.deepcopy(TOKENIZER)
     for part, arguments in changes.items():
         config["init_args"][part]["init_args"] |= arguments
@@ -101,5 +108,13 @@ def make_bundle(folder: Path, **changes: dict[str, Any]) -> VQGAN3D:
         vectors = tokenizer.pre_vq_conv(tokenizer.encoder(tokenizer.to_native(video))).movedim(1, -1).flatten(0, -2)
         order = torch.randperm(len(vectors), generator=keyed_generator(0))
         tokenizer.quantizer.embeddings.copy_(vectors[order[: tokenizer.codebook_size]])
+        decoded = tokenizer.decode_native(tokenizer.encode(video).latents)
+        tokenizer.decoder.conv_last.conv.weight.mul_(0.3 / decoded.std())  # or all videos would be of one grey
     save_bundle(folder, tokenizer, config, {"source": "a test"})
     return tokenizer
+
+
+def read_video(path: Path) -> np.ndarray:
+    """All frames `[T, H, W, 3]` of a file."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

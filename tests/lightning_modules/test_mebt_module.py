@@ -1,0 +1,333 @@
+"""MeBT's training, validation and sampling: windows, masks, the optimizer, and what a sample depends on."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from datamodules import MovingShapesDataModule
+from datamodules.sampler import ClipRequest, Curriculum, collate_clips
+from lightning_modules import MeBTModule
+from lightning_modules.generator import Condition
+from models.priors.decoding import ConfidenceDecoding
+from models.random import keyed_generator
+from models.weights import load_tokenizer
+
+TOY = {
+    "num_frames": 16,
+    "resolution": 32,
+    "codebook_size": 16,
+    "dim": 16,
+    "num_heads": 2,
+    "num_latents": 4,
+    "blocks": ["latent_enc", "latent_self", "latent_dec", "lt2l", "latent_dec"],
+    "sampling": ConfidenceDecoding(num_steps=4),
+    "seed": 3,
+}
+
+
+def make_module(tokenizer_bundle: Path, **changes: Any) -> MeBTModule:
+    """A toy MeBT whose weights are large enough for its predictions to differ."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = MeBTModule(str(tokenizer_bundle), **(TOY | changes))
+        for parameter in module.network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    module.load_tokenizer()
+    return attach(module)
+
+
+def attach(module: MeBTModule, rank: int = 0, world_size: int = 1, step: int = 0) -> MeBTModule:
+    """Give the module a stand-in for the Trainer, and keep what it logs in `module.logged`."""
+    module._trainer = SimpleNamespace(
+        global_rank=rank, world_size=world_size, global_step=step, estimated_stepping_batches=10
+    )
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.__setitem__(name, torch.as_tensor(value).item())
+    module.logged = logged
+    return module
+
+
+@pytest.fixture
+def module(tokenizer_bundle: Path) -> MeBTModule:
+    return make_module(tokenizer_bundle)
+
+
+def random_codes(batch_size: int = 2, frames: int = 4) -> Tensor:
+    return torch.randint(16, (batch_size, frames, 4, 4), generator=keyed_generator(8))
+
+
+# Windows of long clips
+
+
+@pytest.fixture(scope="module")
+def long_clips() -> MovingShapesDataModule:
+    data = MovingShapesDataModule(num_train=2, num_val=1, num_frames=128, resolution=32, batch_size=2, seed=1)
+    data.setup("fit")
+    return data
+
+
+def window_batch(data: MovingShapesDataModule, start: int, frames: int, margin: int | None) -> dict[str, Any]:
+    """The batch that a curriculum with such a margin makes of a window."""
+    curriculum = Curriculum(lambda step: frames, margin, frame_multiple=4)
+    windows = (curriculum.window(data.seed, step, data.num_frames) for step in range(1000))
+    window = next(window for window in windows if window["window_start"] == start)
+    return collate_clips([data.datasets["train"][ClipRequest(index, **window)] for index in range(2)])
+
+
+@pytest.mark.parametrize(("start", "frames"), [(0, 16), (4, 16), (56, 4), (60, 32), (108, 16), (112, 16), (0, 128)])
+def test_codes_of_a_window_are_those_of_the_whole_clip(
+    tokenizer_bundle: Path, long_clips: MovingShapesDataModule, start: int, frames: int
+) -> None:
+    module = make_module(tokenizer_bundle, num_frames=128)
+    margin = module.tokenizer.context_frames()
+    assert margin is not None
+    clips = collate_clips([long_clips.datasets["train"][ClipRequest(index)] for index in range(2)])
+    whole = load_tokenizer(tokenizer_bundle).encode(clips["video"]).codes  # [2, 32, 4, 4]
+    batch = window_batch(long_clips, start, frames, margin)
+    codes, first = module.window_codes(batch)
+    assert first == start // 4
+    assert torch.equal(codes, whole[:, first : first + frames // 4])
+    assert batch["video"].shape[2] <= frames + 2 * margin  # and not because all of it was read
+    assert len(codes.unique()) > 1
+
+
+def test_without_a_margin_codes_at_the_edges_of_a_window_differ(
+    tokenizer_bundle: Path, long_clips: MovingShapesDataModule
+) -> None:
+    module = make_module(tokenizer_bundle, num_frames=128)
+    margin = module.tokenizer.context_frames()
+    differ = [
+        not torch.equal(
+            module.window_codes(window_batch(long_clips, start, 16, 0))[0],
+            module.window_codes(window_batch(long_clips, start, 16, margin))[0],
+        )
+        for start in (4, 56, 108)
+    ]
+    assert any(differ)
+
+
+def test_pixels_and_cached_codes_give_the_same_loss(tokenizer_bundle: Path, long_clips: MovingShapesDataModule) -> None:
+    module = make_module(tokenizer_bundle, num_frames=128)
+    pixels = window_batch(long_clips, 56, 16, module.tokenizer.context_frames())
+    window = {name: pixels[name] for name in ("window_start", "window_frames")}
+    cached = {"codes": module.window_codes(pixels)[0], "margin_before": 0, **window}
+    assert module.training_step(pixels, 0) == module.training_step(cached, 0)
+
+
+def test_a_window_is_predicted_at_its_own_place_in_the_clip(module: MeBTModule) -> None:
+    clip = random_codes()
+    window, start, num_masked = clip[:, 1:3], 1, 20
+    order = torch.rand(2, 32, generator=keyed_generator(1)).argsort(dim=1)
+    nll = module.masked_nll(window, start, order, num_masked)
+
+    absolute = order + 16  # a latent frame has 16 tokens
+    logits = module.network(clip.flatten(1), absolute[:, :12], absolute[:, 12:])
+    truth = clip.flatten(1).gather(1, absolute[:, 12:])
+    assert torch.equal(nll, F.cross_entropy(logits.transpose(1, 2), truth, reduction="none"))
+
+    nll.sum().backward()
+    touched = module.network.position_embedding.grad[0].abs().sum(dim=1) > 0
+    assert touched.nonzero().flatten().tolist() == list(range(16, 48))
+
+
+# Training
+
+
+def test_the_loss_of_a_step_does_not_depend_on_what_came_before(tokenizer_bundle: Path) -> None:
+    batch = {"codes": random_codes()}
+    fresh = attach(make_module(tokenizer_bundle), step=5).training_step(batch, 2)
+    used = make_module(tokenizer_bundle)
+    for step in range(3):
+        attach(used, step=step).training_step({"codes": random_codes(4)}, step)
+    torch.rand(7)  # someone draws from the global stream
+    assert attach(used, step=5).training_step(batch, 2) == fresh
+
+
+def test_masks_change_from_step_to_step_and_between_accumulated_batches(module: MeBTModule) -> None:
+    batch = {"codes": random_codes()}
+    seen = {(step, index): attach(module, step=step).training_step(batch, index) for step in (0, 1) for index in (0, 1)}
+    assert len({loss.item() for loss in seen.values()}) == 4
+
+
+def test_one_mask_ratio_a_step_for_all_ranks_and_accumulated_batches(module: MeBTModule) -> None:
+    def ratio(rank: int, step: int, index: int) -> float:
+        attach(module, rank, 2, step).training_step({"codes": random_codes()}, index)
+        return module.logged["train/mask_ratio"]
+
+    assert ratio(0, 4, 0) == ratio(1, 4, 0) == ratio(0, 4, 1)
+    assert len({ratio(0, step, 0) for step in range(8)}) > 4
+
+
+def test_ranks_together_mask_what_one_process_with_all_clips_masks(module: MeBTModule) -> None:
+    codes = random_codes(4)
+    losses = [attach(module, rank, 2, step=6).training_step({"codes": codes[2 * rank :][:2]}, 1) for rank in range(2)]
+    assert losses[0] != losses[1]
+    together = attach(module, 0, 1, step=6).training_step({"codes": codes}, 1)
+    assert torch.stack(losses).mean().item() == pytest.approx(together.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("rho_power", "divisor"), [(1.0, "masked"), (0.0, "window")])
+def test_rho_power_chooses_between_the_mean_and_the_papers_sum(
+    tokenizer_bundle: Path, rho_power: float, divisor: str
+) -> None:
+    module = make_module(tokenizer_bundle, rho_power=rho_power)
+    loss = module.training_step({"codes": random_codes()}, 0)
+    expected = module.logged["train/nll"] * (1 if divisor == "masked" else module.logged["train/mask_ratio"])
+    assert 0 < module.logged["train/mask_ratio"] < 1
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert module.logged["train/loss"] == pytest.approx(loss.item())
+
+
+def test_tokens_of_a_batch_are_counted(module: MeBTModule) -> None:
+    batch = {"codes": random_codes(frames=2), "window_start": 8, "window_frames": 4, "margin_before": 4}
+    module.training_step(batch, 0)
+    assert module.tokens_per_batch == 2 * 16  # one latent frame is left of the two
+
+
+# Validation
+
+
+def test_validation_repeats_its_masks_and_learns_nothing_from_the_step(module: MeBTModule) -> None:
+    batch = {"codes": random_codes()}
+    attach(module, step=0).validation_step(batch, 0)
+    first = module.logged
+    attach(module, step=9).validation_step(batch, 0)
+    assert module.logged == first
+    attach(module, step=9).validation_step(batch, 1)
+    assert module.logged != first
+
+
+def test_validation_loss_is_the_mean_over_its_mask_ratios(module: MeBTModule) -> None:
+    module.validation_step({"codes": random_codes()}, 0)
+    names = [f"val/nll_{ratio}" for ratio in ("0.25", "0.50", "0.75", "1.00")]
+    assert module.logged.keys() == {*names, "val/loss"}
+    assert module.logged["val/loss"] == pytest.approx(sum(module.logged[name] for name in names) / 4)
+
+
+def test_validation_with_nothing_visible_predicts_every_token(module: MeBTModule) -> None:
+    codes = random_codes()
+    module.validation_step({"codes": codes}, 0)
+    everything = torch.arange(64).expand(2, -1)
+    logits = module.network(codes.flatten(1), everything[:, :0], everything)
+    expected = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    assert module.logged["val/nll_1.00"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_ranks_together_validate_what_one_process_validates(module: MeBTModule) -> None:
+    codes = random_codes(4)
+    losses = []
+    for rank in range(2):
+        attach(module, rank, 2).validation_step({"codes": codes[2 * rank :][:2]}, 3)
+        losses.append(module.logged["val/loss"])
+    attach(module).validation_step({"codes": codes}, 3)
+    assert sum(losses) / 2 == pytest.approx(module.logged["val/loss"], rel=1e-6)
+
+
+# Optimizer
+
+
+def test_only_weights_of_linear_layers_decay(tokenizer_bundle: Path) -> None:
+    module = make_module(tokenizer_bundle, lr=0.25, betas=(0.5, 0.6), weight_decay=0.125)
+    optimizer = module.configure_optimizers()["optimizer"]
+    decayed, rest = optimizer.param_groups
+    linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
+    assert {id(parameter) for parameter in decayed["params"]} == linear
+    assert {id(p) for p in (*decayed["params"], *rest["params"])} == {id(p) for p in module.parameters()}
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(module.parameters()))
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.125, 0.0)
+    assert {(group["lr"], tuple(group["betas"])) for group in (decayed, rest)} == {(0.25, (0.5, 0.6))}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({}, [1.0] * 11),
+        ({"warmup_steps": 3}, [0.25, 0.5, 0.75] + [1.0] * 8),
+        ({"lr_schedule": "cosine"}, [0.5 + 0.5 * math.cos(math.pi * step / 10) for step in range(11)]),
+        (
+            {"lr_schedule": "cosine", "warmup_steps": 2},
+            [1 / 3, 2 / 3, *(0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(9))],
+        ),
+    ],
+)
+def test_learning_rate_follows_its_schedule(tokenizer_bundle: Path, settings: dict, rates: list[float]) -> None:
+    module = make_module(tokenizer_bundle, lr=0.5, **settings)  # ten steps, says the stand-in for the Trainer
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
+    assert schedule["interval"] == "step"
+    seen = []
+    for _ in rates:
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule["scheduler"].step()
+    assert seen == [pytest.approx([0.5 * rate] * 2, abs=1e-12) for rate in rates]
+
+
+# Generation
+
+
+def test_generated_videos_are_a_function_of_their_seeds(module: MeBTModule) -> None:
+    seeds = torch.tensor([5, 6])
+    video = module.generate(Condition(), 16, seeds)
+    torch.rand(3)
+    assert torch.equal(module.generate(Condition(), 16, seeds), video)
+    assert video.shape == (2, 3, 16, 32, 32)
+    assert video.abs().max() <= 1
+    assert not torch.equal(video[0], video[1])
+
+
+def test_a_sample_does_not_depend_on_its_batch(module: MeBTModule) -> None:
+    """Compared as codes: matrix products round differently in batches of other sizes, the choices are the same."""
+    together = module.generate_codes(16, torch.tensor([5, 6, 7]))
+    assert len(together.unique()) > 4
+    assert torch.equal(module.generate_codes(16, torch.tensor([7, 5])), together[[2, 0]])
+    assert torch.equal(module.generate_codes(16, torch.tensor([6])), together[1:2])
+
+
+def test_samples_may_be_shorter_than_the_training_clips(module: MeBTModule) -> None:
+    assert module.generate(Condition(), 4, torch.tensor([1])).shape == (1, 3, 4, 32, 32)
+
+
+def test_sampling_settings_can_be_given_for_once(module: MeBTModule) -> None:
+    seeds = torch.tensor([5])
+    own = module.generate_codes(16, seeds)
+    assert torch.equal(module.generate_codes(16, seeds, ConfidenceDecoding(num_steps=4)), own)
+    assert not torch.equal(module.generate_codes(16, seeds, ConfidenceDecoding(num_steps=1)), own)
+
+
+@pytest.mark.parametrize("num_frames", [0, -4, 6, 20])
+def test_a_length_that_was_not_trained_is_refused(module: MeBTModule, num_frames: int) -> None:
+    with pytest.raises(ValueError, match=f"num_frames={num_frames} cannot be generated: .* multiples of 4 up to 16"):
+        module.generate(Condition(), num_frames, torch.tensor([1]))
+
+
+def test_a_label_is_refused(module: MeBTModule) -> None:
+    with pytest.raises(ValueError, match="unconditional"):
+        module.generate(Condition(label=torch.tensor([1])), 16, torch.tensor([1]))
+
+
+# Checkpoints of a module that was made in Python
+
+
+def test_a_checkpoint_made_without_the_command_line_is_plain_and_loads(tokenizer_bundle: Path, tmp_path: Path) -> None:
+    module = MeBTModule(str(tokenizer_bundle), **(TOY | {"sampling": ConfidenceDecoding(num_steps=7, top_k=3)}))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_steps=1, limit_val_batches=0, accelerator="cpu", enable_model_summary=False, **quiet)
+    loader = DataLoader([{"codes": random_codes()}], batch_size=None)
+    trainer.fit(module, loader, loader)
+    trainer.save_checkpoint(tmp_path / "made.ckpt")
+    torch.load(tmp_path / "made.ckpt", weights_only=True)
+    loaded = MeBTModule.load_from_checkpoint(tmp_path / "made.ckpt")
+    assert loaded.sampling == ConfidenceDecoding(num_steps=7, top_k=3)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    seeds = torch.tensor([2])
+    assert torch.equal(loaded.generate_codes(16, seeds), module.generate_codes(16, seeds))
