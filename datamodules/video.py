@@ -166,7 +166,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         clip = torch.stack(frames, dim=1)  # [3, T, H, W]
         if self.horizontal_flip and self._uniform(_FLIP_STREAM, *key) < 0.5:
             clip = clip.flip(3)
-        return (clip / 127.5 - 1).clamp(-1, 1)
+        return clip.div_(127.5).sub_(1).clamp_(-1, 1)
 
     def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
         """Resize the shorter side and crop, at the centre or elsewhere: uint8 `[h, w, 3]` to float `[3, H, W]`."""

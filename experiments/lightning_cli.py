@@ -212,6 +212,8 @@ def resumed(args: list[str]) -> list[str]:
     """Replace `--resume RUN` by the run's configuration, its newest checkpoint and its folder."""
     for position, words, value in option_values(args, "resume"):
         run_folder = Path(value)
+        if len(run_folder.parts) < 3:  # named from within runs/ or deeper: its parents say what it is called
+            run_folder = run_folder.resolve()
         newest = newest_checkpoint(run_folder)
         if not (run_folder / "config.yaml").is_file() or newest is None:
             raise FileNotFoundError(

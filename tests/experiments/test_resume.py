@@ -154,6 +154,22 @@ def test_saved_configuration_makes_a_new_run(tiny: Path, mebt_run: Path) -> None
     assert len(read_ledger(Path("runs/mebt/version_1"))) == 1
 
 
+def test_a_run_may_be_named_from_within_its_folders(
+    tiny: Path, mebt_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(mebt_run, "runs/mebt/version_0", symlinks=True)
+    monkeypatch.chdir("runs/mebt")
+    main(["fit", "--resume=version_0", "--trainer.max_steps=7"])
+    assert [path.name for path in (tiny / "runs/mebt").iterdir()] == ["version_0"]
+    assert read_ledger(tiny / "runs/mebt/version_0")[-1][0] == 6
+
+
+def test_saved_configuration_serves_other_commands(tiny: Path, mebt_run: Path) -> None:
+    words = [f"--config={mebt_run / 'config.yaml'}", f"--ckpt_path={mebt_run / 'checkpoints/last.ckpt'}"]
+    main(["sample", *words, "--num_samples=1", "--out=made"])
+    assert Path("made/seed=000000.mp4").is_file()
+
+
 def test_saved_configuration_is_whole(tiny: Path, mebt_run: Path) -> None:
     saved = yaml.safe_load((mebt_run / "config.yaml").read_text())
     assert saved.get("base") is None

@@ -96,9 +96,7 @@ def test_nothing_but_our_networks_is_built(class_path: str, is_nested: bool) -> 
     config = {"class_path": class_path, "init_args": {}}
     if is_nested:
         config = {**CONFIG, "init_args": {**CONFIG["init_args"], "encoder": config}}
-    with pytest.raises(
-        (ValueError, ModuleNotFoundError), match=class_path.rpartition(".")[0] if "nn" in class_path else class_path
-    ):
+    with pytest.raises(ValueError, match=f"asks for '{class_path}'; only networks of `models` are built"):
         build(config)
 
 
@@ -137,9 +135,8 @@ def test_digest_does_not_change_with_the_device_or_gradients(tokenizer: VQGAN3D)
 def test_weights_that_do_not_fit_are_all_listed() -> None:
     layer = nn.Linear(2, 3)
     state = {"weight": torch.zeros(3, 4), "scale": torch.zeros(1)}
-    with pytest.raises(
-        ValueError, match=r"here\.pt does not fit .*: missing bias; unexpected scale; weight is \(3, 4\)"
-    ):
+    message = r"here\.pt does not fit .*: missing bias; unexpected scale; weight is \(3, 4\), expected \(3, 2\)"
+    with pytest.raises(ValueError, match=message):
         load_state(layer, state, Path("here.pt"))
 
 
@@ -291,7 +288,7 @@ def test_a_bundle_of_another_network_is_refused(tmp_path: Path) -> None:
 def test_a_bundle_that_asks_for_a_foreign_class_is_refused(bundle: Path, tmp_path: Path) -> None:
     config = {"class_path": "os.mkdir", "init_args": {"path": str(tmp_path / "nest")}}
     (bundle / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="'os.mkdir'; only networks of `models`"):
+    with pytest.raises(ValueError, match=r"'os\.mkdir'; only networks of `models`"):
         load_tokenizer(bundle)
     assert not (tmp_path / "nest").exists()
 
