@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
@@ -120,8 +121,11 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
                 stream = container.add_stream("mpeg4", rate=rate, options={"flags": "+qscale", "global_quality": "236"})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
+            reformatter = VideoReformatter()
             for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                # One thread: a process that is forked while an idle converter has threads would wait for them for ever.
+                rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                container.mux(stream.encode(reformatter.reformat(rgb, format="yuv420p", threads=1)))
             container.mux(stream.encode())  # what the encoder holds back
         partial.replace(path)
     finally:

@@ -29,9 +29,6 @@ from av.video.reformatter import VideoReformatter
 _COUNTED_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _COUNTED_CODECS = {"h264", "hevc", "vp9", "av1"}
 _INDEX_VERSION = 1
-# From PyAV 17 on, conversion starts threads unless told not to. A worker process that is forked while such a converter
-# waits for garbage collection waits for its threads for ever, since threads do not survive a fork.
-_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 _SAVE_EVERY = 5000
 
 _log = logging.getLogger(__name__)
@@ -113,8 +110,10 @@ def iter_frames(
         for number, frame in _decode_from(path, first):
             length = number + 1
             if number == number_wanted:
-                # converted before it becomes an array, since planes of odd sizes cannot be exported
-                rgb = reformatter.reformat(frame, format="rgb24", **_ONE_THREAD).to_ndarray()
+                # Converted before it becomes an array, since planes of odd sizes cannot be exported. Conversion starts
+                # threads unless told not to: a worker that is forked while such a converter waits for garbage
+                # collection waits for its threads for ever, since threads do not survive a fork.
+                rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
                 yield rotate(rgb, frame.rotation)
                 number_wanted = next(wanted, -1)
                 if number_wanted < 0:
