@@ -102,7 +102,7 @@ class MeBTModule(VideoGenerator):
         codes, start = self.window_codes(batch)
         tau = torch.rand((), generator=self.step_generator(MASK_RATIO_STREAM)).item()  # a host generator: no sync
         num_tokens = codes[0].numel()
-        generator = self.step_generator(MASK_ORDER_STREAM, device=self.device)
+        generator = self.step_generator(MASK_ORDER_STREAM, batch_idx, device=self.device)
         order = self.random_order(generator, len(codes), num_tokens)
         num_masked = max(1, num_masked_tokens(self.hparams["mask_schedule"], tau, num_tokens))
         nll = self.masked_nll(codes, start, order, num_masked)

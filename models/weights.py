@@ -71,7 +71,7 @@ def build(config: dict[str, Any]) -> Any:
         with contextlib.suppress(ModuleNotFoundError):
             found = getattr(importlib.import_module(module_name), class_name, None)
     # a module of ours also holds what it imports, and functions that write files
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.split(".")[0] == "models"):
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"A bundle asks for {config['class_path']!r}; only networks of `models` are built.")
     arguments = {
         key: build(value) if isinstance(value, dict) and "class_path" in value else value
