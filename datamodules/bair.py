@@ -104,7 +104,7 @@ class BAIRVideo(Video):
             raise UnreadableVideoError(
                 f"{self.record}: {key} holds {len(data)} bytes, expected {np.prod(RAW_SHAPE)} (64x64 RGB) or a JPEG."
             )
-        return np.frombuffer(data, np.uint8).reshape(RAW_SHAPE)
+        return np.frombuffer(data, np.uint8).reshape(RAW_SHAPE).copy()  # torch wants to be able to write
 
 
 class BAIRClips(VideoClips):

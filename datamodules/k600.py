@@ -127,18 +127,19 @@ class K600DataModule(VideoDataModule):
         """Return the videos of both splits that are there, with their labels, in the lists' order."""
         if not self._listing:
             rows: dict[Split, dict[Clip, str]] = {split: self._rows(split) for split in _LISTS}
-            held_out = {youtube_id for youtube_id, _ in rows["val"]}
-            shared = sorted(youtube_id for youtube_id, _ in rows["train"] if youtube_id in held_out)
-            if shared:
-                rank_zero_warn(
-                    f"Kinetics-600: {len(shared)} videos are in both lists and left out of training, such as "
-                    f"{', '.join(shared[:3])}. Do the lists belong to one version of Kinetics?"
-                )
-                rows["train"] = {clip: name for clip, name in rows["train"].items() if clip[0] not in held_out}
             names = self.class_names
             rank_zero_info(f"Kinetics-600: the lists name {len(names)} classes.")
             label_of = {name: label for label, name in enumerate(names)}
-            self._listing = {split: self._present(split, rows[split], label_of) for split in _LISTS}
+            listing = {split: self._present(split, rows[split], label_of) for split in _LISTS}
+            shared = {youtube_id for youtube_id, _ in rows["train"]} & {youtube_id for youtube_id, _ in rows["val"]}
+            if shared:
+                rank_zero_warn(
+                    f"Kinetics-600: {len(shared)} videos are in both lists and left out of training, such as "
+                    f"{', '.join(sorted(shared)[:3])}. Do the lists belong to one version of Kinetics?"
+                )
+                train = listing["train"].items()
+                listing["train"] = {path: label for path, label in train if path.name[:11] not in shared}
+            self._listing = listing
         return self._listing
 
     def _present(self, split: Split, rows: dict[Clip, str], label_of: dict[str, int]) -> dict[Path, int]:
