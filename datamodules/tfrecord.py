@@ -48,7 +48,7 @@ _PREFIX = np.frombuffer(struct.pack("<I", _prefix()), np.uint8)
 @cache
 def _tables(level: int) -> tuple[np.ndarray, np.ndarray]:
     """What becomes of the low and of the high half of a register when 2^level zero words follow: two of `[65536]`."""
-    images = np.uint32(1) << np.arange(32, dtype=np.uint32)  # of each single bit
+    images: np.ndarray = np.uint32(1) << np.arange(32, dtype=np.uint32)  # of each single bit
     if level == 0:
         for _ in range(32):
             images = images >> 1 ^ (images & 1) * np.uint32(_POLYNOMIAL)

@@ -86,6 +86,7 @@ def write_video(path: Path, frames: np.ndarray, codec: str, fps: int, options: M
     reformatter = VideoReformatter()
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps), options=dict(options))
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
