@@ -23,7 +23,8 @@ ROOT_VARIABLE = "LONGTAKE_SSV2"
 
 _FLIP_STREAM = 131
 _OPPOSITE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-_DIRECTION = re.compile(r"\b([Ll]eft|[Rr]ight)\b")  # whole words: `upright` is no direction
+# Whole words: `upright` is no direction. Neither is the `right` of "pulling it right out as you remove your hand".
+_DIRECTION = re.compile(r"\b([Ll]eft|[Rr]ight)\b(?! out)")
 _SUFFIXES = (".webm", ".mp4")  # some mirrors rename the files; what they are is seen when they are opened
 _SOURCE = (
     "Qualcomm's developer site gives the data set out for research, after registration: join and unpack the parts to "

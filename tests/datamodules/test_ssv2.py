@@ -18,6 +18,7 @@ TEMPLATES = [
     "Putting [number of] [something] upright on the table",
     "Turning the camera left while filming [something]",
     "Turning the camera right while filming [something]",
+    "Plugging [something] into [something] but pulling it right out as you remove your hand",
 ]
 NAMES = [template.replace("[", "").replace("]", "") for template in TEMPLATES]
 TRAIN = {"4": 0, "8": 1, "15": 2, "16": 3}
@@ -133,10 +134,10 @@ def test_windows_of_validation_videos_are_spread_over_time(make_root: MakeRoot) 
 
 class TestDirections:
     def test_classes_that_name_left_or_right_are_found_by_their_words(self, make_root: MakeRoot) -> None:
-        assert data_of(make_root()).direction_sensitive == (1, 2, 4, 5)  # `upright` is none
+        assert data_of(make_root()).direction_sensitive == (1, 2, 4, 5)  # `upright` and `right out` are none
 
     def test_mirrored_labels_exchange_left_and_right(self) -> None:
-        assert mirrored_labels(NAMES) == [0, 2, 1, 3, 5, 4]
+        assert mirrored_labels(NAMES) == [0, 2, 1, 3, 5, 4, 6]
 
     def test_nothing_is_mirrored_unless_asked_for(self, make_root: MakeRoot) -> None:
         train = data_of(make_root()).make_dataset("train")
@@ -202,7 +203,7 @@ class TestWhatIsRefused:
     def test_labels_with_a_gap(self, make_root: MakeRoot) -> None:
         root = make_root()
         (root / "labels.json").write_text(json.dumps({name: str(2 * label) for label, name in enumerate(NAMES)}))
-        with pytest.raises(ValueError, match=r"labels are not the numbers from 0 to 5, each once"):
+        with pytest.raises(ValueError, match=r"labels are not the numbers from 0 to 6, each once"):
             _ = data_of(root).class_names
 
     @pytest.mark.parametrize("content", ["{", '{"4": "Holding"}', '[{"template": "Holding"}]'])

@@ -39,7 +39,6 @@ def test_every_preset_is_expected() -> None:
     assert PRESETS.keys() == EXPECTED.keys()
 
 
-@pytest.mark.filterwarnings("ignore:Discarding init_args")  # what the experiment's own data module had besides
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_goes_over_an_experiment_with_the_published_numbers(name: str) -> None:
     class_name, num_frames, resolution, windows, crops = EXPECTED[name]
