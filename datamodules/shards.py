@@ -4,7 +4,8 @@ A cache is a folder:
 
     cache.json               what made it: written first, so that the same command goes on with it and no other does
     train/chunk-0-<k>.bin    shard k: items [k S, (k + 1) S), in litdata's chunk format
-    train/index.json         litdata's index; it appears when the split is complete
+    train/config.json        litdata's description of the items, of whichever shard was last
+    train/index.json         litdata's index of all shards; it appears when the split is complete
     val/...                  likewise
 
 litdata writes the bytes, and its `StreamingDataset` reads a split, also from object storage. The plan is ours: its own
@@ -159,23 +160,18 @@ class ShardPlan:
             writer[number] = item
         writer.done()
         (index,), (chunk,) = scratch.glob("*.index.json"), scratch.glob("*.bin")
-        # the same for all shards; last comes the shard itself: from then on it is there
-        write_json(self.folder / "config.json", json.loads(index.read_text())["config"])
-        os.replace(chunk, self._file(shard))
+        os.replace(index, self.folder / "config.json")  # the same for all shards
+        os.replace(chunk, self._file(shard))  # last: from now on the shard is there
         shutil.rmtree(scratch)
 
-    def close(self) -> None:
-        """Write litdata's index, which makes the split complete. Call it once all processes have written their share.
+    def index(self) -> dict[str, Any]:
+        """Return litdata's index of all shards.
 
         Raises:
-            RuntimeError: if shards are missing.
+            RuntimeError: if some are missing.
         """
         if missing := self.missing():
             raise RuntimeError(f"{len(missing)} shards of {self.folder} are missing, the first is {missing[0]}.")
-        if (self.folder / "index.json").is_file():
-            return
-        for left in self.folder.glob(".shard-*"):  # of processes that were killed
-            shutil.rmtree(left)
         files = [self._file(shard) for shard in range(self.num_shards)]
         chunks = [
             {
@@ -186,9 +182,14 @@ class ShardPlan:
             }
             for shard, file in enumerate(files)
         ]
-        config = json.loads((self.folder / "config.json").read_text())
-        write_json(self.folder / "index.json", {"chunks": chunks, "config": config})
-        (self.folder / "config.json").unlink()
+        return {"chunks": chunks, "config": json.loads((self.folder / "config.json").read_text())["config"]}
+
+    def close(self) -> None:
+        """Write the index, which makes the split complete. Call it once all processes have written their share."""
+        index = self.index()
+        for left in self.folder.glob(".shard-*"):  # of processes that were killed
+            shutil.rmtree(left)
+        write_json(self.folder / "index.json", index)
 
     @property
     def num_shards(self) -> int:
@@ -224,10 +225,11 @@ class ShardReader:
 
     Args:
         folder: of the split.
+        index: of a split that is not closed yet; by default the one in the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / "index.json").read_text())
+    def __init__(self, folder: Path, index: dict[str, Any] | None = None) -> None:
+        index = index or json.loads((folder / "index.json").read_text())
         self.folder = folder
         self.files = [chunk["filename"] for chunk in index["chunks"]]
         self.ends = list(accumulate(chunk["chunk_size"] for chunk in index["chunks"]))

@@ -80,7 +80,7 @@ def test_the_library_streams_the_same_items(split: Path) -> None:
 
 
 def test_nothing_but_shards_and_their_index_is_left(split: Path) -> None:
-    names = ["chunk-0-0.bin", "chunk-0-1.bin", "chunk-0-2.bin", "index.json"]
+    names = ["chunk-0-0.bin", "chunk-0-1.bin", "chunk-0-2.bin", "config.json", "index.json"]
     assert sorted(path.name for path in split.iterdir()) == names
 
 
@@ -136,23 +136,24 @@ def test_a_shard_beyond_the_formats_limit_is_refused(tmp_path: Path) -> None:
         ShardPlan(tmp_path, 1, 1).write(0, [{"grid": huge}])
 
 
-class TestHeader:
-    HEADER = {"format_version": FORMAT_VERSION, "kind": "codes", "shape": (4, 8), "seed": 3}
+HEADER = {"format_version": FORMAT_VERSION, "kind": "codes", "shape": (4, 8), "seed": 3}
 
+
+class TestHeader:
     def test_an_unfinished_cache_goes_on_with_the_same_settings_only(self, tmp_path: Path) -> None:
-        begin(tmp_path / "cache", self.HEADER)
-        begin(tmp_path / "cache", self.HEADER)
+        begin(tmp_path / "cache", HEADER)
+        begin(tmp_path / "cache", HEADER)
         with pytest.raises(ValueError, match=r"begun with other settings:\n  seed: 3 there, 4 now\nGive those"):
-            begin(tmp_path / "cache", self.HEADER | {"seed": 4})
+            begin(tmp_path / "cache", HEADER | {"seed": 4})
         assert json.loads((tmp_path / "cache/cache.json").read_text())["seed"] == 3
 
     def test_a_folder_of_something_else_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(FileExistsError, match=r"exists already.*\(--out\)"):
-            begin(tmp_path, self.HEADER)
+            begin(tmp_path, HEADER)
 
     def test_an_empty_folder_will_do(self, tmp_path: Path) -> None:
-        begin(tmp_path, self.HEADER)
+        begin(tmp_path, HEADER)
         assert (tmp_path / "cache.json").is_file()
 
     @pytest.mark.parametrize(
@@ -165,6 +166,6 @@ class TestHeader:
     def test_another_kind_or_format_is_refused(
         self, tmp_path: Path, changes: dict[str, Any], kinds: list[str], words: str
     ) -> None:
-        begin(tmp_path / "cache", self.HEADER | changes)
+        begin(tmp_path / "cache", HEADER | changes)
         with pytest.raises(ValueError, match=words):
             read_header(tmp_path / "cache", kinds, "longtake tokenize")
