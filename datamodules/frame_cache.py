@@ -62,7 +62,7 @@ class FrameWriter:
         datasets = data.datasets
         if any(isinstance(clips, VideoClips) and clips.random_crop for clips in datasets.values()):
             raise ValueError(
-                "A cache of frames holds each video cropped at the centre, and this data module crops at random places. "
+                "A cache of frames holds videos cropped at the centre, and this data module crops at random places. "
                 "Give --data.random_crop=false, or train without a cache."
             )
         if shard_items is None:

@@ -104,7 +104,7 @@ def codes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_tokenize_keeps_the_codes_of_every_clip(codes: Path, world: Path) -> None:
+def test_tokenize_keeps_the_codes_of_every_clip(tiny: Path, codes: Path, world: Path) -> None:
     tokenizer = load_tokenizer(world / "tokenizer")
     data = run(["fit", f"--config={world / 'mebt.yaml'}", "--trainer.fast_dev_run=1"]).datamodule
     for split, count in (("train", 8), ("val", 4)):
