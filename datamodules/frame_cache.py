@@ -127,7 +127,7 @@ class _ShardJobs(Dataset[int]):
             source, label, frames = str(number), clip["label"], _rounded(clip["video"])
         item = {"label": int(label), "source": source.encode()}
         if self.jpeg_quality is None:
-            return {"frames": frames, "crc32": _checksums(frames), **item}
+            return {"frames": frames, "crc32": _checksums(frame.data for frame in frames), **item}
         files = [_jpeg(frame, self.jpeg_quality) for frame in frames]
         blob = np.frombuffer(b"".join(files), np.uint8)
         ends = np.cumsum([len(file) for file in files], dtype=np.int64)
@@ -165,7 +165,7 @@ def _jpeg(frame: np.ndarray, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _checksums(frames: Iterable[np.ndarray | bytes]) -> np.ndarray:
+def _checksums(frames: Iterable[bytes | memoryview]) -> np.ndarray:
     return np.array([zlib.crc32(frame) for frame in frames], np.uint32)
 
 
@@ -207,9 +207,9 @@ class CachedVideo(Video):
         ends = [0, *leaves["ends"].view("<i8").tolist()] if lossy else []
         raw = None if lossy else self.reader.array(leaves["frames"], "u1")
         for k in range(start, start + count * stride, stride):
-            frame = leaves["frames"][ends[k] : ends[k + 1]] if raw is None else raw[k]
-            self.reader.check(self.number, zlib.crc32(frame), int(checksums[k]))
-            yield frame.copy() if raw is not None else np.array(Image.open(BytesIO(frame)))
+            frame: np.ndarray = leaves["frames"][ends[k] : ends[k + 1]] if raw is None else raw[k]
+            self.reader.check(self.number, zlib.crc32(frame.data), int(checksums[k]))
+            yield frame.copy() if raw is not None else np.array(Image.open(BytesIO(frame.data)))
 
 
 class FrameCacheDataModule(VideoDataModule):

@@ -231,7 +231,7 @@ def _loaded(array: np.ndarray, dtype: str) -> Tensor:
 def _checksum(arrays: Iterable[np.ndarray]) -> int:
     value = 0
     for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array), value)
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
     return value
 
 
@@ -281,7 +281,7 @@ class CachedTokens(Dataset[dict[str, Any]]):
         leaves = self.reader.leaves(number)
         arrays = {name: self.reader.array(leaves[name], _STORED[dtype]) for name, dtype in self.fields.items()}
         self.reader.check(number, _checksum(arrays.values()), self.reader.integer(leaves["crc32"]))
-        item = {name: self.reader.integer(leaves[name]) for name in ("label", "index")}
+        item: dict[str, Any] = {name: self.reader.integer(leaves[name]) for name in ("label", "index")}
         window = slice(None)
         if request.window_frames is not None:
             start = request.window_start // self.frames_per_latent
