@@ -16,7 +16,7 @@ import torch
 from probes import read_ledger
 from tiny_experiments import read_video, write_tiny_experiments
 
-from experiments.cli import main
+from experiments.cli import ROOT, main
 from experiments.lightning_cli import run
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 @contextlib.contextmanager
 def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A command in a process group of its own, which ends with the block at the latest."""
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=output, text=True, start_new_session=True
