@@ -8,7 +8,7 @@
     label     class
     source    name of the video, UTF-8
 
-A raw cache gives what decoding gives, rounded to 8 bits. A lossy one is an eighth of its size, and no real set for a
+A raw cache gives what decoding gives, rounded to 8 bits. A lossy one is smaller, slower to read, and no real set for a
 metric: its header and `FrameCacheDataModule.lossy` say so.
 """
 
