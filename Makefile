@@ -10,16 +10,17 @@ EXP ?=
 CKPT ?=
 TOKENIZER ?=
 RESUME ?=
+OUT ?=
 ARGS ?=
 
 EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train sample tokenize export tensorboard lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test train sample tokenize cache-frames export tensorboard bench lint format typecheck check clean _known_experiment
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= ARGS=\"--any.option=value ...\""
 	@echo "Experiments: $(EXPERIMENTS)"
 
@@ -56,13 +57,27 @@ sample: $(STAMP) _known_experiment ## videos from EXP=... CKPT=...: mp4s, a cont
 	$(LONGTAKE) sample $(CONFIG) --ckpt_path $(CKPT) $(ARGS)
 
 tokenize: $(STAMP) _known_experiment ## codes of all clips of EXP=..., computed once; OUT= the folder
+	@test -n "$(OUT)" || { echo "OUT= the folder to write to, such as data/codes/$(EXP)"; exit 1; }
 	$(LONGTAKE) tokenize $(CONFIG) --out $(OUT) $(ARGS)
+
+cache-frames: $(STAMP) _known_experiment ## videos of EXP=... decoded once, at training size; OUT= the folder
+	@test -n "$(OUT)" || { echo "OUT= the folder to write to, such as data/frames/$(EXP)"; exit 1; }
+	$(LONGTAKE) cache-frames --config experiments/$(EXP).yaml --out $(OUT) $(ARGS)
 
 export: $(STAMP) ## turn the tokenizer checkpoint CKPT=... into the bundle OUT=weights/<name>
 	$(LONGTAKE) export $(CKPT) $(OUT)
 
 tensorboard: $(STAMP) ## curves and moving samples of all runs
 	$(VENV)/bin/tensorboard --logdir runs $(ARGS)
+
+# With an interpreter of one's own (make bench PYTHON=python3.12), that one is used as it is, and nothing is installed.
+ifeq ($(origin PYTHON),command line)
+bench: ## measure this machine: tables, and runs/bench/*.json; ARGS=--quick for toy sizes
+	$(PYTHON) -m experiments.benchmarks $(ARGS)
+else
+bench: $(STAMP)
+	$(VENV)/bin/python -m experiments.benchmarks $(ARGS)
+endif
 
 lint: $(STAMP) ## formatter and linter, without changing anything
 	$(VENV)/bin/ruff format --check .

@@ -1,6 +1,7 @@
 """From files to batches: one LightningDataModule per data set."""
 
 from datamodules.bair import BAIRDataModule
+from datamodules.frame_cache import FrameCacheDataModule
 from datamodules.frames import FramesDataModule
 from datamodules.k600 import K600DataModule
 from datamodules.shapes import MovingShapesDataModule
@@ -10,6 +11,7 @@ from datamodules.ucf101 import UCF101DataModule
 
 __all__ = [
     "BAIRDataModule",
+    "FrameCacheDataModule",
     "FramesDataModule",
     "K600DataModule",
     "MovingShapesDataModule",

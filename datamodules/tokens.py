@@ -1,127 +1,336 @@
-"""Codes computed once: a frozen tokenizer's output for every clip of a data module, and the data module that reads it.
+"""What a frozen tokenizer makes of every clip of a data module, computed once, and the data module that reads it.
 
-A cache is a folder with one safetensors file a split. Each holds `codes` `[n, t, h, w]` (uint16, or int32 for codebooks
-beyond 65,536), `label` and `index` `[n]`, and says in its header what made it: the tokenizer's hash and the geometry.
-The curriculum's windows are cut from the codes of whole clips, so no margin is needed.
+`shards.py` says how a cache lies on disk. An item holds one clip:
+
+    codes      `[t, h, w]` in the smallest integer type that holds the codebook; or
+    latents    `[D, t, h, w]`, float32, or bfloat16 as the uint16 of the same bits (numpy knows no bfloat16)
+    task/...   the codes of a task's condition, `[t, h, w]`, for each task that the header names
+    label      class
+    index      which sample of the data module it shows
+    start      frame of the source video at which it begins
+    source     name of the source video, UTF-8
+    crc32      checksum of the arrays above, in their order
+
+Items come copy by copy: item `c n + i` is sample i of n as epoch c shows it, with its own place, crop and flip. So from
+a cache of c copies, the first c epochs are those that pixels would have given, and then they come again. The
+curriculum's windows are cut from the codes of whole clips, so no margin is needed.
 """
 
 import json
-import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from rich.progress import track
-from safetensors import safe_open
-from safetensors.torch import save_file
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from datamodules.sampler import ClipRequest
-from datamodules.video import Split, VideoDataModule
+from datamodules.sampler import ClipRequest, collate_clips
+from datamodules.shards import FORMAT_VERSION, ShardPlan, ShardReader, begin, progress_bar, read_header, write_json
+from datamodules.video import Split, VideoClips, VideoDataModule
+from datamodules.windows import CoveringWindows, clip_origin, provenance
+
+COMMAND = "longtake tokenize --config <experiment>"
+
+# The type as it is written to the file, for each type that a header may name.
+_STORED = {"uint8": "u1", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float32": "<f4", "bfloat16": "<u2"}
 
 
-def write_codes(folder: Path, data: VideoDataModule, encode: Callable[[Tensor], Tensor], about: dict[str, Any]) -> None:
-    """Tokenize every clip of both splits; a split's file appears when it is complete.
-
-    Clips are those of epoch 0, without a curriculum: whole, one for each sample.
+@dataclass(frozen=True)
+class TokenOptions:
+    """What a cache of tokens holds.
 
     Args:
-        folder: Where to write `train.safetensors` and `val.safetensors`.
-        data: Gives the clips.
-        encode: Video `[B, 3, T, H, W]` to codes `[B, t, h, w]`.
-        about: What made the codes: `tokenizer_digest`, `codebook_size`, `num_frames`, `resolution`.
+        windows: `clip`: of each video one clip a copy, at a random place; `cover`: all windows of each video.
+        window_stride: Frames of the video from one window of `cover` to the next; None for a clip's length.
+        copies: Copies of the training clips, each with its own random place, crop and flip.
+        shard_items: Clips of a shard: what is lost at most when the command is killed.
+        latents: Keep latents in this type instead of codes.
+        tasks: Tasks whose condition's codes are kept beside those of the clip.
+    """
+
+    windows: Literal["clip", "cover"] = "clip"
+    window_stride: int | None = None
+    copies: int = 1
+    shard_items: int = 1024
+    latents: Literal["bf16", "fp32"] | None = None
+    tasks: Sequence[str] = ()
+
+
+def codes_type(codebook_size: int) -> str:
+    """Return the smallest integer type that holds codes in `[0, codebook_size)`."""
+    limits = {"uint8": 2**8, "uint16": 2**16, "int32": 2**31}
+    return next((name for name, limit in limits.items() if codebook_size <= limit), "int64")
+
+
+class _Clips(Dataset[dict[str, Any]]):
+    """All clips that a split of the cache holds, by the number of their item."""
+
+    def __init__(self, dataset: Dataset[dict[str, Any]], copies: int) -> None:
+        self.dataset = dataset
+        self.samples: int = len(dataset)  # type: ignore[arg-type] # torch's Dataset declares no length
+        self.copies = copies
+
+    def __len__(self) -> int:
+        return self.copies * self.samples
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        epoch, index = divmod(number, self.samples)
+        clip = self.dataset[ClipRequest(index, epoch)]
+        # an unreadable video is replaced by another: where the clip comes from is asked of what is shown
+        source, start = clip_origin(self.dataset, clip["index"], epoch)
+        return clip | {"source": source.encode(), "start": start}
+
+
+class TokenWriter:
+    """Writes a cache of tokens: `begin` in one process, `write` in each, `close` in one when all have written.
+
+    Args:
+        folder: Where to.
+        data: Gives the clips; set up for fit.
+        about: What makes the tokens: `tokenizer_digest`, `codebook_size`, `downsample`.
+        options: What to keep.
 
     Raises:
-        FileExistsError: If the folder holds a cache already.
+        ValueError: If the options do not fit each other or the data.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already. Remove it, or choose another destination (--out).")
-    folder.mkdir(parents=True)
-    dtype = torch.uint16 if about["codebook_size"] <= 2**16 else torch.int32
-    data.setup("fit")
-    for split in ("train", "val"):
-        batches = data.ordered_dataloader(split)
-        parts = [
-            (encode(batch["video"]).to("cpu", dtype), batch["label"], batch["index"])
-            for batch in track(batches, description=f"Tokenizing {split}", total=len(batches))
+
+    def __init__(
+        self, folder: Path, data: VideoDataModule, about: Mapping[str, Any], options: TokenOptions = TokenOptions()
+    ) -> None:
+        if options.copies < 1 or options.shard_items < 1:
+            raise ValueError(f"copies={options.copies}, shard_items={options.shard_items}: at least 1 of each.")
+        datasets = dict(data.datasets)
+        if options.windows == "cover":
+            for split, dataset in datasets.items():
+                if not isinstance(dataset, VideoClips):
+                    raise ValueError(f"{type(dataset).__name__} has no videos to cover: give --windows=clip.")
+                datasets[split] = CoveringWindows(dataset, options.window_stride, f"Windows of {split}")
+        elif options.window_stride is not None:
+            raise ValueError("--window_stride is the distance of the windows of --windows=cover; give both or neither.")
+        train = datasets["train"]
+        fixed = isinstance(train, VideoClips) and not (train.random_crop or train.horizontal_flip)
+        if options.copies > 1 and options.windows == "cover" and fixed:
+            raise ValueError(
+                f"copies={options.copies}: all copies of a window would be equal without --data.random_crop or "
+                "--data.horizontal_flip. Leave it at 1 (--copies)."
+            )
+        self.data = data
+        self.grid = "codes" if options.latents is None else "latents"
+        code_type = codes_type(about["codebook_size"])
+        kept = {None: code_type, "bf16": "bfloat16", "fp32": "float32"}[options.latents]
+        self.fields = {self.grid: kept} | {f"task/{task}": code_type for task in options.tasks}
+        copies = {"train": options.copies, "val": 1}
+        self.clips = {split: _Clips(dataset, copies[split]) for split, dataset in datasets.items()}
+        self.folder = folder
+        self.header = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.grid,
+            **about,
+            **provenance(data, datasets),
+            "fields": self.fields,
+            "tasks": {task: f"task/{task}" for task in options.tasks},
+            "windows": {"policy": options.windows, "stride": options.window_stride},
+            "copies": copies,
+            "samples": {split: clips.samples for split, clips in self.clips.items()},
+            "shard_items": options.shard_items,
+        }
+        self.plans = {
+            split: ShardPlan(folder / split, len(clips), options.shard_items) for split, clips in self.clips.items()
+        }
+
+    def begin(self) -> None:
+        """Write the header, or compare it with that of the cache to go on with."""
+        begin(self.folder, self.header)
+
+    def write(self, encode: Callable[[Tensor], Mapping[str, Tensor]], rank: int = 0, world_size: int = 1) -> None:
+        """Write this process's share of the shards, those left out that are there already.
+
+        Args:
+            encode: Video `[B, 3, T, H, W]` to the grids to keep, by the names of the header's fields: codes
+                `[B, t, h, w]` or latents `[B, D, t, h, w]`.
+            rank: This process.
+            world_size: Number of processes.
+        """
+        for split, plan in self.plans.items():
+            shards = plan.missing(rank, world_size)
+            if found := len(range(rank, plan.num_shards, world_size)) - len(shards):
+                rank_zero_info(f"{plan.folder}: going on, {found} shards are there.")
+            size = self.data.val_batch_size
+            batches = [
+                list(numbers[first : first + size])
+                for numbers in map(plan.items, shards)
+                for first in range(0, len(numbers), size)
+            ]
+            options = self.data._loader_options() | {"collate_fn": _collate}
+            loader = DataLoader(self.clips[split], batch_sampler=batches, **options)
+            items: list[dict[str, Any]] = []
+            unwritten = iter(shards)
+            shard = next(unwritten, 0)
+            with progress_bar() as progress:
+                task = progress.add_task(f"Tokenizing {split}", total=sum(map(len, batches)))
+                for batch in loader:
+                    items += self._items(batch, encode(batch["video"]))
+                    progress.advance(task, len(batch["source"]))
+                    if len(items) == len(plan.items(shard)):
+                        plan.write(shard, items)
+                        items, shard = [], next(unwritten, 0)
+
+    def close(self) -> None:
+        """Complete the cache: indices, and the statistics of latents.
+
+        Raises:
+            RuntimeError: If shards are missing.
+        """
+        if self.grid == "latents":  # before the indices, which make the cache complete
+            train = self.plans["train"]
+            statistics = _channel_statistics(ShardReader(train.folder, train.index()), self.fields["latents"])
+            write_json(self.folder / "statistics.json", statistics)
+        for plan in self.plans.values():
+            plan.close()
+
+    def _items(self, batch: dict[str, Any], grids: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        if grids.keys() != self.fields.keys():
+            raise ValueError(f"{self.folder} holds {sorted(self.fields)}, but got {sorted(grids)} to write.")
+        arrays = {name: _stored(grids[name], dtype) for name, dtype in self.fields.items()}
+        return [
+            {name: array[row] for name, array in arrays.items()}
+            | {
+                "label": int(batch["label"][row]),
+                "index": int(batch["index"][row]),
+                "start": batch["start"][row],
+                "source": batch["source"][row],
+                "crc32": _checksum(array[row] for array in arrays.values()),
+            }
+            for row in range(len(batch["source"]))
         ]
-        codes, label, index = (torch.cat(column) for column in zip(*parts, strict=True))
-        scratch = folder / f".{split}.part"
-        save_file({"codes": codes, "label": label, "index": index}, scratch, {"about": json.dumps(about)})
-        os.replace(scratch, folder / f"{split}.safetensors")
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    return collate_clips(items) | {name: [item[name] for item in items] for name in ("source", "start")}
+
+
+def _stored(grid: Tensor, dtype: str) -> np.ndarray:
+    grid = grid.detach().cpu()
+    if dtype == "bfloat16":
+        return grid.to(torch.bfloat16).view(torch.uint16).numpy()
+    return grid.numpy().astype(_STORED[dtype])
+
+
+def _loaded(array: np.ndarray, dtype: str) -> Tensor:
+    """Copy what lies in the file to codes int64 or latents float32."""
+    if dtype == "bfloat16":
+        return torch.from_numpy(array.copy()).view(torch.bfloat16).float()
+    return torch.from_numpy(array.astype("<f4" if dtype == "float32" else "<i8"))
+
+
+def _checksum(arrays: Iterable[np.ndarray]) -> int:
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return value
+
+
+def _channel_statistics(reader: ShardReader, dtype: str) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel over all latents, item by item in float64."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for number in range(len(reader)):
+        latents = _loaded(reader.array(reader.leaves(number)["latents"], _STORED[dtype]), dtype)
+        latents = latents.double().flatten(1)  # [D, t h w]
+        count += latents.shape[1]
+        total = total + latents.sum(dim=1)
+        squares = squares + latents.square().sum(dim=1)
+    mean = total / count
+    return {"mean": mean.tolist(), "std": (squares / count - mean.square()).clamp(min=0).sqrt().tolist()}
+
+
+class CachedTokens(Dataset[dict[str, Any]]):
+    """The clips of one split of a cache; they stay on disk.
+
+    Args:
+        root: Folder of the cache.
+        split: Which of its splits.
+        header: Of the cache.
+        task: Whose condition's codes come with each clip.
+    """
+
+    def __init__(self, root: Path, split: Split, header: dict[str, Any], task: str | None = None) -> None:
+        self.reader = ShardReader(root / split)
+        self.samples: int = header["samples"][split]
+        self.copies: int = header["copies"][split]
+        self.frames_per_latent: int = header["downsample"][0]
+        self.fields: dict[str, str] = header["fields"]
+        self.grids = {header["kind"]: header["kind"]}
+        if task is not None:
+            self.grids["condition_codes"] = header["tasks"][task]
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        """Return `codes` `[t', h, w]` or `latents` `[D, t', h, w]` of the clip, or of the window asked for.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        number = request.epoch % self.copies * self.samples + request.index
+        leaves = self.reader.leaves(number)
+        arrays = {name: self.reader.array(leaves[name], _STORED[dtype]) for name, dtype in self.fields.items()}
+        self.reader.check(number, _checksum(arrays.values()), self.reader.integer(leaves["crc32"]))
+        item: dict[str, Any] = {name: self.reader.integer(leaves[name]) for name in ("label", "index")}
+        window = slice(None)
+        if request.window_frames is not None:
+            start = request.window_start // self.frames_per_latent
+            # rounded up: where the first latent frame is a frame of its own, 1 + 4 k frames have 1 + k of them
+            window = slice(start, start - (-request.window_frames // self.frames_per_latent))
+            item |= {
+                "window_start": request.window_start,
+                "window_frames": request.window_frames,
+                "margin_before": 0,
+            }
+        for key, name in self.grids.items():
+            item[key] = _loaded(arrays[name][..., window, :, :], self.fields[name])
+        return item
 
 
 def read_codes(folder: Path, split: Split) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a split of a cache.
+    """Read all codes of a split into memory: for numbers over small caches.
 
     Returns:
-        `codes` int64 `[n, t, h, w]` with `label` and `index` `[n]`, and what made them.
+        `codes` int64 `[n, t, h, w]` with `label` and `index` `[n]`, and the cache's header.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no complete cache.
+        ValueError: If it does not hold codes.
     """
-    file = folder / f"{split}.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"No codes at {file} (--data.root). Make them: longtake tokenize --config <experiment> --out {folder}"
-        )
-    with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
-        about = json.loads(opened.metadata()["about"])
-    tensors["codes"] = tensors["codes"].long()
-    return tensors, about
-
-
-class CodeClips(Dataset[dict[str, Any]]):
-    """The clips of one split of a cache, in memory.
-
-    Args:
-        tensors: As `read_codes` returns them.
-        frames_per_latent: Pixel frames that a latent frame stands for.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], frames_per_latent: int) -> None:
-        self.tensors = tensors
-        self.frames_per_latent = frames_per_latent
-
-    def __len__(self) -> int:
-        return len(self.tensors["codes"])
-
-    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        """Return `codes` `[t', h, w]` of the clip, or of the window asked for, with label and index."""
-        codes = self.tensors["codes"][request.index]
-        item = {
-            "label": int(self.tensors["label"][request.index]),
-            "index": int(self.tensors["index"][request.index]),
-        }
-        if request.window_frames is None:
-            return item | {"codes": codes}
-        start = request.window_start // self.frames_per_latent
-        window = codes[start : start + request.window_frames // self.frames_per_latent]
-        return item | {
-            "codes": window,
-            "window_start": request.window_start,
-            "window_frames": request.window_frames,
-            "margin_before": 0,
-        }
+    header = read_header(folder, ["codes"], COMMAND)
+    clips = CachedTokens(folder, split, header)
+    copies = header["copies"][split]
+    return collate_clips([clips[ClipRequest(i, epoch)] for epoch in range(copies) for i in range(len(clips))]), header
 
 
 class TokenDataModule(VideoDataModule):
-    """Cached codes instead of pixels: `longtake tokenize` makes them, any prior trains from them.
+    """Cached codes or latents instead of pixels: `longtake tokenize` makes them, any prior trains from them.
+
+    Batches hold `codes` int64 `[B, t, h, w]` or `latents` float32 `[B, D, t, h, w]` instead of `video`, and with a task
+    `condition_codes` int64 `[B, t, h, w]`.
 
     Args:
         root: Folder of the cache.
         num_frames: Pixel frames of a clip; must be what was tokenized.
         resolution: Height and width of the video; must be what was tokenized.
+        task: Task whose condition's codes come along; the cache must have been made with them.
         batch_size: Training clips per batch and process.
         val_batch_size: Validation clips per batch and process, `batch_size` by default.
-        num_workers: Worker processes; the codes lie in memory, so 0 is best.
+        num_workers: Worker processes; a clip takes microseconds to read, so 0 is best for codes.
         seed: Key of the data order.
 
     Raises:
-        ValueError: If the cache was made for other clips or with another tokenizer.
+        ValueError: If the cache was made for other clips, with another tokenizer or without the task.
     """
 
     def __init__(
@@ -129,6 +338,7 @@ class TokenDataModule(VideoDataModule):
         root: str,
         num_frames: int = 16,
         resolution: int = 128,
+        task: str | None = None,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         num_workers: int = 0,
@@ -144,21 +354,39 @@ class TokenDataModule(VideoDataModule):
         )
         self.save_hyperparameters(logger=False)
         self.root = Path(root)
+        self.task = task
         self.tokenizer_digest: str | None = None
 
     def require_tokenizer(self, digest: str) -> None:
-        """Say which tokenizer the model decodes with: codes of another one are refused."""
+        """Say which tokenizer the model decodes with: what another one made is refused."""
         self.tokenizer_digest = digest
 
-    def make_dataset(self, split: Split) -> CodeClips:
-        """Read the codes of a split."""
-        tensors, about = read_codes(self.root, split)
+    def make_dataset(self, split: Split) -> CachedTokens:
+        """Open a split of the cache."""
+        header = read_header(self.root, ["codes", "latents"], COMMAND)
         for name, value in (("num_frames", self.num_frames), ("resolution", self.resolution)):
-            if about[name] != value:
-                raise ValueError(f"{self.root} holds codes for {name}={about[name]}, not {value} (--data.{name}).")
-        if self.tokenizer_digest not in (None, about["tokenizer_digest"]):
+            if header[name] != value:
+                raise ValueError(
+                    f"{self.root} holds {header['kind']} for {name}={header[name]}, not {value} (--data.{name})."
+                )
+        if self.tokenizer_digest not in (None, header["tokenizer_digest"]):
             raise ValueError(
-                f"{self.root} was made by tokenizer {about['tokenizer_digest'][:12]}, the model uses "
+                f"{self.root} was made by tokenizer {header['tokenizer_digest'][:12]}, the model uses "
                 f"{str(self.tokenizer_digest)[:12]}. Tokenize again, or give that tokenizer (--model.tokenizer)."
             )
-        return CodeClips(tensors, self.num_frames // tensors["codes"].shape[1])
+        if self.task is not None and self.task not in header["tasks"]:
+            raise ValueError(
+                f"{self.root} has no condition codes of task {self.task!r} (--data.task); its tasks: "
+                f"{', '.join(header['tasks']) or 'none'}. Tokenize again with that task, or train from pixels."
+            )
+        return CachedTokens(self.root, split, header, self.task)
+
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation `[D]` of each channel of the training latents, float32.
+
+        Raises:
+            ValueError: If the cache holds codes.
+        """
+        read_header(self.root, ["latents"], COMMAND + " --latents=bf16")
+        statistics = json.loads((self.root / "statistics.json").read_text())
+        return torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ import datamodules  # noqa: F401  (class names work without their path once impo
 import lightning_modules  # noqa: F401
 from callbacks import SampleLogger, ShortToLongCurriculum, Throughput
 from callbacks.sample_writer import SampleWriter
-from datamodules.tokens import TokenDataModule, write_codes
+from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
 from lightning_modules.generator import VideoGenerator
 from models.weights import read_checkpoint
@@ -143,26 +143,63 @@ class LongtakeTrainer(Trainer):
         model: LightningModule,
         datamodule: VideoDataModule,
         out: str = "",
+        windows: Literal["clip", "cover"] = "clip",
+        window_stride: int | None = None,
+        copies: int = 1,
+        latents: Literal["bf16", "fp32"] | None = None,
+        shard_items: int = 1024,
     ) -> None:
         """Run the tokenizer over all clips of a data module and keep the codes; `--data TokenDataModule` reads them.
+
+        A command that was killed goes on where it stopped, with any number of processes.
 
         Args:
             model: A generator; its frozen tokenizer is used.
             datamodule: Where the clips come from.
             out: Folder to write to.
+            windows: `clip` keeps one clip of each video, from a random place; `cover` all windows of each video.
+            window_stride: Frames of the video from one window of `cover` to the next; null for a clip's length.
+            copies: Copies of the training clips, each with a random place, crop and flip of its own, as the first
+                epochs would show them.
+            latents: Keep latents in this type instead of codes, with the statistics of their channels.
+            shard_items: Clips of a shard: what is lost at most when the command is killed.
         """
         if not isinstance(model, VideoGenerator) or not out:
             raise ValueError("Give the experiment of a generator, and --out FOLDER: `tokenize` runs its tokenizer.")
-        model.to(self.strategy.root_device)
+        options = TokenOptions(windows, window_stride, copies, shard_items, latents)
+        if self.strategy.launcher is None:
+            self._tokenize(model, datamodule, Path(out), options)
+        else:
+            self.strategy.launcher.launch(self._tokenize, model, datamodule, Path(out), options, trainer=self)
+
+    @torch.no_grad()
+    def _tokenize(self, model: VideoGenerator, data: VideoDataModule, folder: Path, options: TokenOptions) -> None:
+        """What each process does."""
+        self.strategy.setup_environment()
+        tokenizer = model.tokenizer.to(self.strategy.root_device)
         about = {
             "tokenizer_digest": model.tokenizer_digest,
             "codebook_size": model.codebook_size,
-            "num_frames": model.num_frames,
-            "resolution": datamodule.resolution,
+            "downsample": model.downsample,
         }
-        write_codes(
-            Path(out), datamodule, lambda video: model.window_codes({"video": video.to(model.device)})[0], about
-        )
+
+        def encode(video: torch.Tensor) -> dict[str, torch.Tensor]:
+            encoded = tokenizer.encode(video.to(self.strategy.root_device))
+            return {"codes": encoded.codes} if options.latents is None else {"latents": encoded.latents}
+
+        if self.is_global_zero:
+            data.prepare_data()
+        self.strategy.barrier()
+        data.setup("fit")
+        writer = TokenWriter(folder, data, about, options)
+        if self.is_global_zero:
+            writer.begin()
+        self.strategy.barrier()
+        writer.write(encode, self.global_rank, self.world_size)
+        self.strategy.barrier()
+        if self.is_global_zero:
+            writer.close()
+        self.strategy.teardown()
 
 
 def expanded_configs(path: Path, children: tuple[Path, ...] = ()) -> list[Path]:

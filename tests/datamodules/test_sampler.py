@@ -20,6 +20,7 @@ from datamodules.sampler import (
 )
 from datamodules.video import Split, VideoDataModule
 
+IGNORE_FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 GROWING = Curriculum(frames_at=lambda step: min(2 * step + 2, 16), margin_frames=3, frame_multiple=2)
 
 
@@ -155,6 +156,7 @@ class TestCurriculum:
 
 
 class TestResuming:
+    @IGNORE_FEW_CORES
     @pytest.mark.parametrize("batches", [0, 2, 5, 7, 10])  # an epoch has 5
     @pytest.mark.parametrize("workers", [0, 2])
     def test_goes_on_exactly_where_it_stopped(self, batches: int, workers: int) -> None:
@@ -196,6 +198,36 @@ class TestResuming:
         alone, expected = loader_of(batch_size=4), loader_of(batch_size=4)
         alone.load_state_dict(states[0])
         assert [seen(batch) for batch in alone] == [seen(batch) for batch in expected][1:]
+
+    @IGNORE_FEW_CORES
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("ranks", [(1, 1, 1), (2, 2, 2), (4, 1, 2)])
+    def test_killed_twice_in_an_epoch_the_ledger_is_that_of_an_uninterrupted_run(
+        self, ranks: tuple[int, ...], workers: int
+    ) -> None:
+        """Each time with its own number of ranks, which share a global batch of 4; workers have prefetched more."""
+        uninterrupted = endless(loader_of())
+        expected = [next(uninterrupted) for _ in range(8)]  # an epoch has 5
+        ledger, state = [], None
+        for world_size, batches in zip(ranks, (2, 1, 5), strict=True):
+            loaders = [
+                loader_of(workers, batch_size=4 // world_size, rank=rank, world_size=world_size)
+                for rank in range(world_size)
+            ]
+            for loader in loaders:
+                if state is not None:
+                    loader.load_state_dict(state)
+            streams = [endless(loader) for loader in loaders]
+            for _ in range(batches):
+                indices, epochs, frames, windows = zip(*(next(stream) for stream in streams), strict=True)
+                ledger.append(([i for rank in indices for i in rank], [e for r in epochs for e in r], frames, windows))
+            (state,) = {tuple(loader.state_dict().items()) for loader in loaders}  # the same on all ranks
+            state = dict(state)
+        assert [entry[:2] for entry in ledger] == [entry[:2] for entry in expected]
+        for (*_, frames, windows), (*_, frames_expected, window_expected) in zip(ledger, expected, strict=True):
+            assert set(map(tuple, frames)) == {tuple(frames_expected)}
+            assert set(windows) == {window_expected}
+        assert len({index for entry in ledger[:5] for index in entry[0]}) == 20  # none lost, none twice
 
     @pytest.mark.parametrize(
         ("changed", "words"),
@@ -307,6 +339,7 @@ class TestUnderLightning:
         after = fit(resume=f"epoch={epochs - 1}.ckpt", max_epochs=4)
         assert before + after == fit(max_epochs=4)
 
+    @IGNORE_FEW_CORES
     def test_a_fit_with_workers_resumes_in_mid_epoch(self, fit: Callable[..., list[tuple[Any, ...]]]) -> None:
         before = fit(max_steps=7, workers=2)
         after = fit(resume="step=7.ckpt", max_steps=9, workers=2)

@@ -16,7 +16,7 @@ import torch
 from probes import read_ledger
 from tiny_experiments import read_video, write_tiny_experiments
 
-from experiments.cli import main
+from experiments.cli import ROOT, main
 from experiments.lightning_cli import run
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 @contextlib.contextmanager
 def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A command in a process group of its own, which ends with the block at the latest."""
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=output, text=True, start_new_session=True
@@ -44,10 +44,11 @@ def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]
 
 @pytest.fixture(scope="module")
 def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which two processes have trained the tokenizer and the prior, and sampled from it."""
+    """A folder in which two processes have kept codes, trained the tokenizer and the prior, and sampled from it."""
     folder = tmp_path_factory.mktemp("two_processes")
     write_tiny_experiments(folder, world / "tokenizer")
     commands = [
+        ["tokenize", "--config=mebt.yaml", *TWO_PROCESSES, "--out=codes", "--shard_items=3"],
         ["fit", "--config=tokenizer.yaml", *TWO_PROCESSES, "--trainer.max_steps=2"],
         ["fit", "--config=mebt.yaml", *TWO_PROCESSES, "--trainer.strategy=ddp"],
         [
@@ -111,6 +112,13 @@ def test_a_tokenizer_on_two_processes_equals_one_with_twice_the_batch(two_proces
     distance = sum((two[name] - one[name]).abs().sum() for name in weights)
     moved = sum((later[name] - one[name]).abs().sum() for name in weights)  # in four steps more
     assert distance < 0.02 * moved
+
+
+def test_two_processes_keep_the_codes_that_one_keeps(two_processes: Path, tiny: Path) -> None:
+    main(["tokenize", "--config=mebt.yaml", "--out=codes", "--shard_items=3"])
+    assert len(list(Path("codes").rglob("*.bin"))) == 5  # 8 clips and 4
+    for file in [*Path("codes").rglob("*.bin"), *Path("codes").rglob("index.json")]:
+        assert (two_processes / file).read_bytes() == file.read_bytes(), file
 
 
 def test_two_processes_share_the_seeds_out(two_processes: Path, tiny: Path) -> None:

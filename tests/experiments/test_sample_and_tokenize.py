@@ -11,6 +11,7 @@ from PIL import Image
 from probes import read_ledger
 from tiny_experiments import read_video
 
+from datamodules import MovingShapesDataModule, TokenDataModule
 from datamodules.tokens import read_codes
 from experiments.cli import main
 from experiments.lightning_cli import run
@@ -103,18 +104,14 @@ def codes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_tokenize_keeps_the_codes_of_every_clip(codes: Path, world: Path) -> None:
+def test_tokenize_keeps_the_codes_of_every_clip(tiny: Path, codes: Path, world: Path) -> None:
     tokenizer = load_tokenizer(world / "tokenizer")
     data = run(["fit", f"--config={world / 'mebt.yaml'}", "--trainer.fast_dev_run=1"]).datamodule
     for split, count in (("train", 8), ("val", 4)):
         tensors, about = read_codes(codes, split)
         assert tensors["index"].tolist() == list(range(count))
-        assert about == {
-            "tokenizer_digest": state_digest(tokenizer.state_dict()),
-            "codebook_size": 16,
-            "num_frames": 16,
-            "resolution": 32,
-        }
+        assert about["tokenizer_digest"] == state_digest(tokenizer.state_dict())
+        assert (about["codebook_size"], about["downsample"], about["fields"]) == (16, [4, 8, 8], {"codes": "uint8"})
         batches = list(data.ordered_dataloader(split))
         expected = torch.cat([tokenizer.encode(batch["video"]).codes for batch in batches])
         assert torch.equal(tensors["codes"], expected)
@@ -153,15 +150,42 @@ def test_codes_of_another_geometry_are_refused(tiny: Path, codes: Path, word: st
 
 
 def test_missing_codes_are_named_with_the_command_that_makes_them(tiny: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"No codes at nowhere/train.safetensors.*longtake tokenize --config"):
+    with pytest.raises(FileNotFoundError, match=r"No codes at nowhere/cache.json.*longtake tokenize --config"):
         main(["fit", "--config=mebt.yaml", "--data=TokenDataModule", "--data.root=nowhere"])
 
 
 def test_tokenize_refuses_to_overwrite(tiny: Path, codes: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in codes.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in codes.rglob("*")}
     with pytest.raises(FileExistsError, match=r"codes exists already. Remove it, or choose another .*--out"):
         main(["tokenize", "--config=mebt.yaml", f"--out={codes}"])
-    assert {path: path.stat().st_mtime_ns for path in codes.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in codes.rglob("*")} == before
+
+
+def test_tokenize_goes_on_with_what_is_there(tiny: Path, codes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(codes, "codes")
+    for name in ("train/index.json", "val/index.json", "val/chunk-0-0.bin"):
+        Path("codes", name).unlink()
+    kept = Path("codes/train/chunk-0-0.bin").stat().st_mtime_ns
+    main(["tokenize", "--config=mebt.yaml", "--out=codes"])
+    assert Path("codes/train/chunk-0-0.bin").stat().st_mtime_ns == kept
+    for split in ("train", "val"):
+        assert torch.equal(read_codes(Path("codes"), split)[0]["codes"], read_codes(codes, split)[0]["codes"])
+    assert "Tokenizing" not in capsys.readouterr().err  # no bar where there is no terminal
+
+
+def test_latents_and_copies_can_be_kept_instead(tiny: Path, world: Path) -> None:
+    words = ["--latents=bf16", "--copies=2", "--shard_items=5", "--data.num_train=4"]
+    main(["tokenize", "--config=mebt.yaml", "--out=latents", *words])
+    data = TokenDataModule("latents", num_frames=16, resolution=32, batch_size=4)
+    data.setup("fit")
+    pixels = MovingShapesDataModule(num_train=4, num_val=4, num_frames=16, resolution=32, batch_size=4, seed=42)
+    pixels.setup("fit")
+    batches = [next(iter(module.ordered_dataloader("train"))) for module in (data, pixels)]
+    expected = load_tokenizer(world / "tokenizer").encode(batches[1]["video"]).latents
+    assert torch.equal(batches[0]["latents"], expected.bfloat16().float())
+    assert len(list(Path("latents/train").glob("*.bin"))) == 2  # 8 clips in shards of 5
+    mean, std = data.latent_statistics()
+    assert mean.shape == std.shape == (8,)
 
 
 @pytest.mark.parametrize("experiment", ["mebt", "tokenizer"])

@@ -1,0 +1,99 @@
+"""What a benchmark gives, and how it is shown: one table, one JSON file, and the machine that it belongs to."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number.
+
+    Args:
+        name: What was measured.
+        value: The number.
+        unit: Of it.
+        at_least: What it should reach, if something.
+        at_most: What it should not exceed, if something.
+        details: What it was made from, for the JSON file.
+    """
+
+    name: str
+    value: float
+    unit: str
+    at_least: float | None = None
+    at_most: float | None = None
+    details: dict[str, Any] | None = None
+
+    @property
+    def target(self) -> str:
+        """The aim, in words."""
+        if self.at_least is not None:
+            return f">= {self.at_least:g}"
+        return "" if self.at_most is None else f"<= {self.at_most:g}"
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the aim is met, None where there is none."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
+
+
+def machine() -> dict[str, Any]:
+    """Say on what, and beside what load, the numbers were measured."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def seconds_of(function: Callable[[], Any], least_seconds: float, least_runs: int = 3) -> float:
+    """Return the median time of a call, after one that is not counted, over at least so many runs and seconds."""
+    function()
+    times: list[float] = []
+    while len(times) < least_runs or sum(times) < least_seconds:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def report(name: str, measurements: Sequence[Measurement], folder: Path, quick: bool) -> None:
+    """Print the table and write the file."""
+    about = machine()
+    title = f"{name}{' (quick: toy sizes)' if quick else ''}: {about['cpu']}, {about['cores']} cores, {about['gpu']}"
+    table = Table("measured", "value", "unit", "target", "met", title=title)
+    for row in measurements:
+        met = {True: "yes", False: "NO", None: ""}[row.is_met]
+        table.add_row(row.name, f"{row.value:,.3g}", row.unit, row.target, met)
+    Console(width=120).print(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "benchmark": name,
+        "quick": quick,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": about,
+        "measurements": [asdict(row) | {"met": row.is_met} for row in measurements],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
