@@ -16,7 +16,7 @@ EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train sample tokenize export tensorboard lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test train sample tokenize export doctor tensorboard lint format typecheck check clean _known_experiment
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ tokenize: $(STAMP) _known_experiment ## codes of all clips of EXP=..., computed 
 
 export: $(STAMP) ## turn the tokenizer checkpoint CKPT=... into the bundle OUT=weights/<name>
 	$(LONGTAKE) export $(CKPT) $(OUT)
+
+doctor: $(STAMP) ## what is wrong with a data set: ARGS="--data UCF101DataModule --data.root=..."
+	$(LONGTAKE) doctor $(ARGS)
 
 tensorboard: $(STAMP) ## curves and moving samples of all runs
 	$(VENV)/bin/tensorboard --logdir runs $(ARGS)

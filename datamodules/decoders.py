@@ -23,7 +23,7 @@ Decoder = Literal["pyav", "torchcodec"]
 FrameReader = Callable[[Path, int, int, int, Sequence[int]], Iterator[np.ndarray]]
 
 _CHUNK = 16  # frames of one call of torchcodec: a long clip of a large video is never in memory whole
-_CONFORMANCE_FRAMES = 64
+_CONFORMANCE_FRAMES = 32
 # Levels of 255. Both convert 8-bit video bit for bit alike, 10-bit video about 3 levels apart; a wrong frame may be
 # nearer than that, so that it must also be nearer to the right one than to its neighbours.
 _TOLERANCE = 6.0
@@ -83,7 +83,8 @@ def iter_torchcodec(
         # its libraries are loaded at import, or from version 0.15 on when the first decoder is made
         if isinstance(error, ImportError) or "load libtorchcodec" in reason:
             raise ValueError(
-                f"--data.decoder=torchcodec cannot be used here: {reason} It takes the package torchcodec (the extra "
+                f"--data.decoder=torchcodec cannot be used here: {reason.partition('. ')[0]}. It takes the package "
+                "torchcodec (the extra "
                 "`torchcodec`) and FFmpeg's shared libraries on the machine. --data.decoder=pyav needs neither."
             ) from error
         raise UnreadableVideoError(f"{path}: {reason}") from error
