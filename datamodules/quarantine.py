@@ -13,6 +13,8 @@ _log = logging.getLogger(__name__)
 class Quarantine:
     """Files that failed while they were read, with the reason; a file that changes leaves the list.
 
+    Files are known by their absolute paths.
+
     Args:
         root: folder of the data set. The list is kept in `quarantine.jsonl` below it (see `LinesFile`), and its entries
             can be removed by hand; with None it is kept in memory, for this process alone.
@@ -25,7 +27,11 @@ class Quarantine:
         self._size = 0
 
     def reasons(self, paths: Collection[Path]) -> Mapping[Path, str]:
-        """Return those of these files that are on the list, with their reasons, as all processes know them by now."""
+        """Return those of these files that are on the list, with their reasons, as all processes know them by now.
+
+        Args:
+            paths: absolute paths.
+        """
         if self.file is not None and self.file.size() != self._size:
             self._size = self.file.size()
             for line in self.file.load():
@@ -36,9 +42,9 @@ class Quarantine:
 
     def add(self, path: Path, reason: str) -> None:
         """Put a file on the list."""
-        if path in self._reasons:
+        if path in self:
             return
-        self._reasons[path] = reason
+        self._reasons[path.absolute()] = reason
         line: dict[str, Any] = {"path": str(path.absolute()), "file": file_stamp(path), "reason": reason}
         if self.file is not None:
             try:
@@ -47,7 +53,7 @@ class Quarantine:
                 _log.warning("The quarantine list cannot be written: %s", error)
 
     def __contains__(self, path: Path) -> bool:
-        return path in self._reasons
+        return path.absolute() in self._reasons
 
     def __str__(self) -> str:
         return "in memory" if self.file is None else str(self.file.place)

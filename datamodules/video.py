@@ -152,7 +152,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         self.quarantine = Quarantine() if quarantine is None else quarantine
         self.most_bad = ceil(max_bad_fraction * len(videos))
         self.read_timeout = read_timeout
-        self._paths = frozenset(video.path for video in self.videos)
+        self._paths = frozenset(video.path.absolute() for video in self.videos)
         self._reads = 0
         if known := self.quarantine.reasons(self._paths):
             rank_zero_warn(
@@ -186,7 +186,7 @@ class VideoClips(Dataset[dict[str, Any]]):
                 self._judge()
             position = self._uniform(_SUBSTITUTE_STREAM, request.epoch, request.index, attempt)
             candidate = replace(request, index=int(position * len(self.videos)))
-        reason = reason or self.quarantine.reasons(self._paths)[self.videos[request.index].path]
+        reason = reason or self.quarantine.reasons(self._paths)[self.videos[request.index].path.absolute()]
         raise UnreadableVideoError(
             f"{self.videos[request.index].path} and {_SUBSTITUTES} videos drawn in its place cannot be read, the last "
             f"because of: {reason}"

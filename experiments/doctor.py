@@ -95,7 +95,8 @@ def examine(data: "VideoFilesDataModule", level: Any, again: bool = False) -> di
     """
     listing, names = data.listing(), data.class_names()
     entries = data.entries(level, again)
-    quarantined = data.quarantine().reasons(entries)
+    reasons = data.quarantine().reasons({path.absolute() for path in entries})
+    quarantined = {path: reasons[path.absolute()] for path in entries if path.absolute() in reasons}
     span = (data.num_frames - 1) * data.frame_stride + 1
 
     usable = {path for path, entry in entries.items() if path not in quarantined and _num_frames(entry) >= span}

@@ -38,6 +38,10 @@ class TestTheList:
         assert one.reasons(files[1:]) == {files[1]: "b.avi: broken"}
         lines = (tmp_path / ".longtake" / "quarantine.jsonl").read_text().splitlines()
         assert [json.loads(line)["reason"] for line in lines] == ["a.avi: broken", "b.avi: broken"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            assert Quarantine(Path()).reasons(files) == one.reasons(files)
+            assert Path("b.avi") in one
         os.utime(files[0], (1, 1))
         assert Quarantine(tmp_path).reasons(files) == {files[1]: "b.avi: broken"}
 
@@ -130,7 +134,8 @@ class TestEveryKindOfBadFile:
 class TestTooMany:
     @staticmethod
     def clips(tmp_path: Path, good: bytes, num_bad: int, num_good: int, **options: Any) -> VideoClips:
-        videos = [Video(tmp_path / f"gone_{number}.avi", 0, 20) for number in range(num_bad)]
+        folder = Path(os.path.relpath(tmp_path))  # roots may be relative
+        videos = [Video(folder / f"gone_{number}.avi", 0, 20) for number in range(num_bad)]
         (tmp_path / "good.avi").write_bytes(good)
         # one file stands for all that can be read; the bad ones are files of their own
         videos += [Video(tmp_path / "good.avi", 1, 20)] * num_good
@@ -153,7 +158,7 @@ class TestTooMany:
         message = str(stopped.value)
         assert message.startswith("toys: 3 of 120 videos cannot be read, and 2 may be (--data.max_bad_fraction).")
         assert "longtake doctor" in message
-        assert all(f"\n  {tmp_path}/gone_{number}.avi: " in message for number in range(3))
+        assert all(f"/gone_{number}.avi: " in message for number in range(3))
 
     def test_as_many_as_allowed_do_not_stop_it(self, tmp_path: Path, small_avi: bytes) -> None:
         dataset = self.clips(tmp_path, small_avi, 2, 118)
