@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from numbered_video import read_numbers
@@ -112,6 +113,27 @@ def test_other_rounding_conforms(mp4: Path) -> None:
 def test_wrong_frames_do_not_conform(mp4: Path, change: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         conform(mp4, change)
+
+
+def test_a_neighbour_is_told_from_the_right_frame_where_little_moves(tmp_path: Path) -> None:
+    path = tmp_path / "slow.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(20):
+            image = np.full((32, 32, 3), 50 + 3 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+    def one_late(path: Path, start: int, count: int, stride: int, key_frames: Sequence[int]) -> Iterator[np.ndarray]:
+        frames = list(iter_frames(path, 0, 20))
+        return iter([frames[max(0, number - 1)] for number in range(start, start + count * stride, stride)])
+
+    require_conformance(path, probe(path), iter_frames, "itself")
+    with pytest.raises(
+        ValueError, match=r"frame 19 .* differs by 3\.0 of 255 levels from PyAV's, and 18 is the nearest"
+    ):
+        require_conformance(path, probe(path), one_late, "other")
 
 
 def test_avi_is_refused_before_anything_is_opened(
