@@ -17,7 +17,7 @@ EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train sample tokenize cache-frames export tensorboard bench lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test train sample tokenize cache-frames export doctor tensorboard bench lint format typecheck check clean _known_experiment
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ cache-frames: $(STAMP) _known_experiment ## videos of EXP=... decoded once, at t
 
 export: $(STAMP) ## turn the tokenizer checkpoint CKPT=... into the bundle OUT=weights/<name>
 	$(LONGTAKE) export $(CKPT) $(OUT)
+
+doctor: $(STAMP) ## what is wrong with a data set: ARGS="--data UCF101DataModule --data.root=..."
+	$(LONGTAKE) doctor $(ARGS)
 
 tensorboard: $(STAMP) ## curves and moving samples of all runs
 	$(VENV)/bin/tensorboard --logdir runs $(ARGS)

@@ -1,47 +1,18 @@
 """Any folder of videos, or of folders of frames (Sky Time-lapse, Taichi-HD), or both."""
 
 import os
-import re
-from collections.abc import Iterator
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from datamodules.decoding import UnreadableVideoError, index_videos
-from datamodules.video import Split, Video, VideoClips, VideoDataModule, indexed_videos
+from datamodules.decoders import FRAME_SUFFIXES
+from datamodules.video import Split, VideoFilesDataModule
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-class FrameFolder(Video):
-    """A folder whose images are the frames of a video, in the order of the number that ends their names."""
-
-    def frames(self, start: int, count: int, stride: int) -> Iterator[np.ndarray]:
-        """Yield frames `start, start + stride, ...` as uint8 `[H, W, 3]`.
-
-        Raises:
-            UnreadableVideoError: if one of them is not there or cannot be read.
-        """
-        try:
-            files = frame_files(self.path)
-            for number in range(start, start + count * stride, stride):
-                with Image.open(files[number]) as image:
-                    yield np.array(image.convert("RGB"))
-        except (OSError, IndexError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
-            raise UnreadableVideoError(f"{self.path}: {error}") from error
-
-
-def frame_files(folder: Path) -> list[Path]:
-    """Return the images of a folder, sorted by the last number in the name's stem: 2 comes before 10."""
-    images = [f for f in folder.iterdir() if f.name.lower().endswith(FRAME_SUFFIXES) and f.name[0] != "."]
-    return sorted(images, key=lambda file: (int((re.findall(r"\d+", file.stem) or ["0"])[-1]), file.name))
-
-
-class FramesDataModule(VideoDataModule):
+class FramesDataModule(VideoFilesDataModule):
     """Any folder: each video file in it, and each folder that holds images, is a video.
 
     If the root has sub-folders `train` and `val` (or `test`), they are the splits. Otherwise the `val_fraction` of the
@@ -50,100 +21,87 @@ class FramesDataModule(VideoDataModule):
     order over both splits; otherwise all labels are 0.
 
     Args:
-        root: the folder.
+        root: the folder; the environment variable that `root_variable` names by default.
         val_fraction: share of the videos to validate on, if the folder has no splits.
-        num_frames: frames of a clip; shorter videos are left out.
-        frame_stride: distance of neighbouring frames of a clip in the video, 1 for all frames.
-        resolution: height and width of a clip, in pixels.
-        antialias: whether the bilinear resize filters when it shrinks.
-        random_crop: whether training clips are cropped at a random place instead of the centre.
-        horizontal_flip: whether half of the training clips are mirrored.
-        cache_dir: where to keep the index of the videos; `<root>/.longtake` by default.
-        batch_size: training clips per batch and process.
-        val_batch_size: validation clips per batch and process, `batch_size` by default.
-        num_workers: worker processes per loader; 0 decodes in the main process.
-        seed: key of the data order and of all random choices in clips.
+        train_folder: sub-folder of the root with the training videos.
+        val_folder: sub-folder with the validation videos; `val`, or else `test`, by default.
+        has_classes: whether sub-folders are classes; otherwise all labels are 0.
+        root_variable: environment variable that may hold the root.
+        **options: those of every data module that reads files.
     """
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         val_fraction: float = 0.1,
-        num_frames: int = 16,
-        frame_stride: int = 1,
-        resolution: int = 128,
-        antialias: bool = True,
-        random_crop: bool = False,
-        horizontal_flip: bool = False,
-        cache_dir: str | None = None,
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        train_folder: str = "train",
+        val_folder: str | None = None,
+        has_classes: bool = True,
+        root_variable: str = "LONGTAKE_FRAMES",
+        **options: Any,
     ) -> None:
-        super().__init__(num_frames, frame_stride, resolution, batch_size, val_batch_size, num_workers, seed)
+        super().__init__(root, **options)
         if not 0 < val_fraction < 1:
             raise ValueError(
                 f"val_fraction={val_fraction} leaves a split empty: between 0 and 1 (--data.val_fraction)."
             )
-        self.root = Path(root)
         self.val_fraction = val_fraction
-        self.antialias = antialias
-        self.random_crop = random_crop
-        self.horizontal_flip = horizontal_flip
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.train_folder = train_folder
+        self.val_folder = val_folder
+        self.has_classes = has_classes
+        self.root_variable = root_variable
 
-    def prepare_data(self) -> None:
-        """Index the videos, in one process of each machine; the others read the index."""
-        videos = {**self._labels()["train"], **self._labels()["val"]}
-        index_videos([path for path in videos if path.is_file()], self.root, self.cache_dir)
-
-    def make_dataset(self, split: Split) -> VideoClips:
-        """Return the clips of a split.
+    def found_root(self) -> Path:
+        """Return the folder.
 
         Raises:
-            FileNotFoundError: if there is no such folder, or no video in it.
+            FileNotFoundError: if it is not given, or not there.
         """
-        labels = self._labels()[split]
-        files = {path: label for path, label in labels.items() if path.is_file()}
-        videos = indexed_videos(files, index_videos(list(files), self.root, self.cache_dir))
-        videos += [
-            FrameFolder(path, label, len(frame_files(path))) for path, label in labels.items() if path not in files
-        ]
-        return VideoClips(
-            sorted(videos, key=lambda video: video.path),
-            self.num_frames,
-            self.frame_stride,
-            self.resolution,
-            self.seed,
-            antialias=self.antialias,
-            random_crop=self.random_crop and split == "train",
-            horizontal_flip=self.horizontal_flip and split == "train",
-            name=f"{self.root.name} {split}",
-        )
+        root = self.root or os.environ.get(self.root_variable)
+        if not root:
+            raise FileNotFoundError(f"There is no folder to read videos from: set --data.root or {self.root_variable}.")
+        if not Path(root).is_dir():
+            raise FileNotFoundError(
+                f"No folder {root} to read videos from (--data.root or the variable {self.root_variable})."
+            )
+        return Path(root)
 
-    def _labels(self) -> dict[Split, dict[Path, int]]:
-        """Return the videos of both splits with their labels."""
-        classes = self._class_folders()
-        names = sorted({name for folders in classes.values() for name in folders.values()})
-        # a video outside of all class folders has the empty path as its class: then there are none
-        numbers = dict.fromkeys(names, 0) if Path() in names else {name: number for number, name in enumerate(names)}
-        return {split: {path: numbers[name] for path, name in found.items()} for split, found in classes.items()}
+    def listing(self) -> dict[Split, dict[Path, int]]:
+        """Return the videos of both splits, sorted by their paths, with their labels.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, or a split without any video.
+        """
+        folders = self._class_folders()
+        numbers = {name: number for number, name in enumerate(_class_names(folders))} if self.has_classes else {}
+        return {
+            split: {path: numbers.get(name.as_posix(), 0) for path, name in sorted(found.items())}
+            for split, found in folders.items()
+        }
+
+    def class_names(self) -> list[str]:
+        """Return the classes, in alphabetical order; none if they are not wanted, or a video lies outside of them."""
+        return _class_names(self._class_folders()) if self.has_classes else []
 
     def _class_folders(self) -> dict[Split, dict[Path, Path]]:
         """Return the videos of both splits, with the folder that each lies in, relative to its split's folder."""
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"No folder {self.root} to read videos from (--data.root).")
-        train, val = self.root / "train", self.root / "val" if (self.root / "val").is_dir() else self.root / "test"
+        root = self.found_root()
+        default = "val" if (root / "val").is_dir() else "test"
+        train, val = root / self.train_folder, root / (self.val_folder or default)
         if train.is_dir() and val.is_dir():
             places: dict[Split, Path] = {"train": train, "val": val}
             found: dict[Split, dict[Path, Path]] = {
                 split: {path: path.relative_to(place).parent for path in find_videos(place)}
                 for split, place in places.items()
             }
+        elif self.train_folder != "train" or self.val_folder is not None:
+            raise FileNotFoundError(
+                f"{root} (--data.root) has no sub-folders {train.name} and {val.name} (--data.train_folder, "
+                "--data.val_folder)."
+            )
         else:
-            folders = {path: path.relative_to(self.root).parent for path in find_videos(self.root)}
-            ranked = sorted(folders, key=lambda path: _hash(path.relative_to(self.root)))
+            folders = {path: path.relative_to(root).parent for path in find_videos(root)}
+            ranked = sorted(folders, key=lambda path: _hash(path.relative_to(root)))
             held_out = set(ranked[: ceil(self.val_fraction * len(ranked))])
             found = {
                 "train": {path: folder for path, folder in folders.items() if path not in held_out},
@@ -151,11 +109,17 @@ class FramesDataModule(VideoDataModule):
             }
         if not (found["train"] and found["val"]):
             raise FileNotFoundError(
-                f"{self.root} (--data.root) has {len(found['train'])} videos for training and {len(found['val'])} for "
+                f"{root} (--data.root) has {len(found['train'])} videos for training and {len(found['val'])} for "
                 f"validation: expected at least one each, files ({' '.join(VIDEO_SUFFIXES)}) or folders of frames "
                 f"({' '.join(FRAME_SUFFIXES)})."
             )
         return found
+
+
+def _class_names(folders: dict[Split, dict[Path, Path]]) -> list[str]:
+    names = sorted({name for found in folders.values() for name in found.values()})
+    # a video outside of all class folders has the empty path as its class: then there are none
+    return [] if Path() in names else [name.as_posix() for name in names]
 
 
 def find_videos(folder: Path) -> list[Path]:

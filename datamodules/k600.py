@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from datamodules.decoding import index_videos
+from datamodules.index import index_videos
 from datamodules.listing import check_windows, evaluation_windows, files_below, found_root, warn_of_differences
 from datamodules.video import Split, VideoClips, VideoDataModule, indexed_videos
 

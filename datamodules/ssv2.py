@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from datamodules.decoding import index_videos
+from datamodules.index import index_videos
 from datamodules.listing import check_windows, evaluation_windows, files_below, found_root, warn_of_differences
 from datamodules.sampler import ClipRequest
 from datamodules.video import Split, VideoClips, VideoDataModule, indexed_videos

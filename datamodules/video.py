@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,13 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from datamodules.decoding import UnreadableVideoError, VideoInfo, iter_frames
+from datamodules.decoders import DECODERS, Decoder, require_decoder
+from datamodules.decoding import UnreadableVideoError, VideoInfo
+from datamodules.index import Entry, Level, index_entries, index_videos
+from datamodules.quarantine import Quarantine
+from datamodules.reader import own_reader
 from datamodules.sampler import (
     ClipBatchSampler,
     ClipRequest,
@@ -30,6 +35,8 @@ Split = Literal["train", "val"]
 
 _START_STREAM, _CROP_STREAM, _FLIP_STREAM, _SUBSTITUTE_STREAM = 121, 122, 123, 124
 _SUBSTITUTES = 10
+# Too many unreadable videos stop a run, but not on the evidence of its first reads alone.
+_READS_TO_JUDGE = 100
 
 _log = logging.getLogger(__name__)
 
@@ -43,12 +50,14 @@ class Video:
         label: its class.
         num_frames: how many frames it has.
         key_frames: frames at which decoding may begin.
+        decoder: how to read it, a key of `DECODERS`.
     """
 
     path: Path
     label: int
     num_frames: int
     key_frames: tuple[int, ...] = (0,)
+    decoder: str = "pyav"
 
     def frames(self, start: int, count: int, stride: int) -> Iterator[np.ndarray]:
         """Yield frames `start, start + stride, ...` as uint8 `[H, W, 3]`.
@@ -56,20 +65,27 @@ class Video:
         Raises:
             UnreadableVideoError: if one of them cannot be read.
         """
-        return iter_frames(self.path, start, count, stride, self.key_frames)
+        return DECODERS[self.decoder](self.path, start, count, stride, self.key_frames)
 
 
-def indexed_videos(labels: Mapping[Path, int], index: Mapping[Path, VideoInfo | str]) -> list[Video]:
-    """Return the readable videos of an index, in the order of `labels`, and warn of the others."""
+def indexed_videos(
+    labels: Mapping[Path, int], index: Mapping[Path, VideoInfo | str], decoder: Decoder = "pyav"
+) -> list[Video]:
+    """Return the readable videos of an index, in the order of `labels`, and warn of the others.
+
+    Raises:
+        ValueError: if the decoder does not give the right frames of all of them.
+    """
     reasons = [info for path in labels if isinstance(info := index[path], str)]
     if reasons:
         rank_zero_warn(
             f"{len(reasons)} of {len(labels)} videos cannot be read and are left out, such as: {'; '.join(reasons[:3])}"
         )
+    readable = {path: info for path in labels if isinstance(info := index[path], VideoInfo)}
+    require_decoder(decoder, readable)
     return [
-        Video(path, label, info.num_frames, info.key_frames)
-        for path, label in labels.items()
-        if isinstance(info := index[path], VideoInfo)
+        Video(path, labels[path], info.num_frames, info.key_frames, "images" if info.container == "images" else decoder)
+        for path, info in readable.items()
     ]
 
 
@@ -78,8 +94,8 @@ class VideoClips(Dataset[dict[str, Any]]):
 
     Frames are resized so that the shorter side becomes `resolution`, and cropped to a square, at the centre or at a
     place drawn from the key. Videos shorter than a clip are left out, and how many remain is logged. A video that
-    fails while it is read is replaced by another one, drawn from (seed, epoch, index, attempt); the item's index tells
-    which video it really shows.
+    fails while it is read goes into quarantine, and is replaced by another one, drawn from (seed, epoch, index,
+    attempt); the item's index tells which video it really shows. If there are too many such videos, reading stops.
 
     Args:
         videos: where the clips come from.
@@ -91,6 +107,10 @@ class VideoClips(Dataset[dict[str, Any]]):
         random_crop: whether to crop at a random place instead of the centre.
         horizontal_flip: whether to mirror half of the clips.
         name: what the log calls this data set.
+        quarantine: list of videos that are not to be read; by default one of this process, empty at first.
+        max_bad_fraction: share of the videos that may fail (at least one video, unless it is 0), judged after 100
+            reads.
+        read_timeout: seconds after which reading a clip is given up, in a child process; None waits for ever.
 
     Raises:
         ValueError: if no video is long enough.
@@ -107,6 +127,9 @@ class VideoClips(Dataset[dict[str, Any]]):
         random_crop: bool = False,
         horizontal_flip: bool = False,
         name: str = "data set",
+        quarantine: Quarantine | None = None,
+        max_bad_fraction: float = 0.01,
+        read_timeout: float | None = None,
     ) -> None:
         self.span = (num_frames - 1) * frame_stride + 1
         self.videos = [video for video in videos if video.num_frames >= self.span]
@@ -125,27 +148,60 @@ class VideoClips(Dataset[dict[str, Any]]):
         self.antialias = antialias
         self.random_crop = random_crop
         self.horizontal_flip = horizontal_flip
-        self._warned: set[int] = set()
+        self.name = name
+        self.quarantine = Quarantine() if quarantine is None else quarantine
+        self.most_bad = ceil(max_bad_fraction * len(videos))
+        self.read_timeout = read_timeout
+        self._paths = frozenset(video.path.absolute() for video in self.videos)
+        self._reads = 0
+        if known := self.quarantine.reasons(self._paths):
+            rank_zero_warn(
+                f"{name}: {len(known)} of {len(self.videos)} videos are in quarantine ({self.quarantine}): others are "
+                f"shown in their place. {'; '.join(list(known.values())[:3])}"
+            )
+        if read_timeout is not None and any(type(video).frames is not Video.frames for video in self.videos):
+            raise ValueError(f"{name} is read in a way of its own, without --data.read_timeout.")
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        worker = get_worker_info()
+        before, self._reads = self._reads, self._reads + (worker.num_workers if worker else 1)  # of all workers
+        if before < _READS_TO_JUDGE <= self._reads:
+            self._judge()
         candidate, reason = request, ""
         for attempt in range(1, _SUBSTITUTES + 2):
-            try:
-                return make_item(candidate, self._read(candidate), self.videos[candidate.index].label)
-            except UnreadableVideoError as error:
-                reason = str(error)
-            if candidate.index not in self._warned:
-                self._warned.add(candidate.index)
-                _log.warning("Another video is used instead of one that cannot be read: %s", reason)
+            video = self.videos[candidate.index]
+            if video.path not in self.quarantine:
+                try:
+                    return make_item(candidate, self._read(candidate), video.label)
+                except UnreadableVideoError as error:
+                    reason = str(error)
+                self.quarantine.add(video.path, reason)
+                _log.warning(
+                    "Another video is shown instead of one that cannot be read (%d of %d so far): %s",
+                    len(self.quarantine.reasons(self._paths)), len(self.videos), reason,
+                )  # fmt: skip
+                self._judge()
             position = self._uniform(_SUBSTITUTE_STREAM, request.epoch, request.index, attempt)
             candidate = replace(request, index=int(position * len(self.videos)))
+        reason = reason or self.quarantine.reasons(self._paths)[self.videos[request.index].path.absolute()]
         raise UnreadableVideoError(
             f"{self.videos[request.index].path} and {_SUBSTITUTES} videos drawn in its place cannot be read, the last "
             f"because of: {reason}"
         )
+
+    def _judge(self) -> None:
+        """Stop if too many videos are bad; what other processes found counts too."""
+        bad = self.quarantine.reasons(self._paths)
+        if self._reads >= _READS_TO_JUDGE and len(bad) > self.most_bad:
+            raise UnreadableVideoError(
+                f"{self.name}: {len(bad)} of {len(self.videos)} videos cannot be read, and {self.most_bad} may be "
+                f"(--data.max_bad_fraction). `longtake doctor` examines all. Quarantine list ({self.quarantine}):"
+                + "".join(f"\n  {reason}" for reason in list(bad.values())[:20])
+                + (f"\n  and {len(bad) - 20} more" if len(bad) > 20 else "")
+            )
 
     def start(self, index: int, epoch: int) -> int:
         """Return the frame of the video at which its clip begins in an epoch."""
@@ -162,7 +218,12 @@ class VideoClips(Dataset[dict[str, Any]]):
         count = self.num_frames - request.read_start if request.read_frames is None else request.read_frames
         place = [self._uniform(_CROP_STREAM, *key, axis) for axis in (1, 2)] if self.random_crop else None
         # one by one: a long clip of a large video is never in memory whole
-        frames = [self._square(frame, place) for frame in video.frames(start, count, self.frame_stride)]
+        if self.read_timeout is None:
+            found = video.frames(start, count, self.frame_stride)
+        else:
+            where = (start, count, self.frame_stride, video.key_frames)
+            found = own_reader().call(video.path, self.read_timeout, video.decoder, *where)
+        frames = [self._square(frame, place) for frame in found]
         clip = torch.stack(frames, dim=1)  # [3, T, H, W]
         if self.horizontal_flip and self._uniform(_FLIP_STREAM, *key) < 0.5:
             clip = clip.flip(3)
@@ -301,3 +362,116 @@ class VideoDataModule(LightningDataModule):
             "collate_fn": collate_clips,
             "pin_memory": torch.cuda.is_available(),
         }
+
+
+class VideoFilesDataModule(VideoDataModule):
+    """Clips of video files and folders of frames; the base of the data modules that find them in their own layouts.
+
+    Args:
+        root: folder of the data set; an environment variable by default.
+        num_frames: frames of a clip; shorter videos are left out.
+        frame_stride: distance of neighbouring frames of a clip in the video, 1 for all frames.
+        resolution: height and width of a clip, in pixels.
+        antialias: whether the bilinear resize filters when it shrinks.
+        random_crop: whether training clips are cropped at a random place instead of the centre.
+        horizontal_flip: whether half of the training clips are mirrored.
+        cache_dir: where to keep the index of the videos and the quarantine list; `<root>/.longtake` by default.
+        decoder: `pyav` is right for every file. `torchcodec` needs its package and FFmpeg's libraries, and files whose
+            time stamps can be trusted (no AVI).
+        read_timeout: seconds after which a file is given up; files are then read in child processes. null waits.
+        max_bad_fraction: share of the videos that may turn out unreadable before the run stops (at least one video,
+            unless it is 0), judged after 100 reads.
+        batch_size: training clips per batch and process.
+        val_batch_size: validation clips per batch and process, `batch_size` by default.
+        num_workers: worker processes per loader; 0 decodes in the main process.
+        seed: key of the data order and of all random choices in clips.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        num_frames: int = 16,
+        frame_stride: int = 1,
+        resolution: int = 128,
+        antialias: bool = True,
+        random_crop: bool = False,
+        horizontal_flip: bool = False,
+        cache_dir: str | None = None,
+        decoder: Decoder = "pyav",
+        read_timeout: float | None = None,
+        max_bad_fraction: float = 0.01,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_frames, frame_stride, resolution, batch_size, val_batch_size, num_workers, seed)
+        if read_timeout is not None and read_timeout <= 0:
+            raise ValueError(f"read_timeout={read_timeout} leaves no time to read: null or more (--data.read_timeout).")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={max_bad_fraction} is no share: 0 to 1 (--data.max_bad_fraction).")
+        self.root = root
+        self.antialias = antialias
+        self.random_crop = random_crop
+        self.horizontal_flip = horizontal_flip
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.decoder: Decoder = decoder
+        self.read_timeout = read_timeout
+        self.max_bad_fraction = max_bad_fraction
+
+    def listing(self) -> Mapping[Split, Mapping[Path, int]]:
+        """Return the files (or folders of frames) of each split with their labels, whether they can be read or not.
+
+        Raises:
+            FileNotFoundError: if the data set is not there.
+        """
+        raise NotImplementedError
+
+    def class_names(self) -> Sequence[str]:
+        """Return the names of the labels 0, 1, ...; empty where there are no classes."""
+        raise NotImplementedError
+
+    def found_root(self) -> Path:
+        """Return the folder of the data set.
+
+        Raises:
+            FileNotFoundError: if it is not given, or not there.
+        """
+        raise NotImplementedError
+
+    def entries(self, level: Level = "full", again: bool = False) -> dict[Path, Entry]:
+        """Examine all files of the listing that are not yet in the index; see `index_entries`."""
+        paths = list({path: None for files in self.listing().values() for path in files})
+        root, timeout = self.found_root(), self.read_timeout
+        return index_entries(paths, root, self.cache_dir, level, timeout, show_progress=True, again=again)
+
+    def quarantine(self) -> Quarantine:
+        """Return the list of files that failed while they were read."""
+        return Quarantine(self.found_root(), self.cache_dir)
+
+    def prepare_data(self) -> None:
+        """Index the videos, in one process of each machine; the others read the index."""
+        self.entries()
+
+    def make_dataset(self, split: Split) -> VideoClips:
+        """Return the clips of a split.
+
+        Raises:
+            FileNotFoundError: if the data set is not there.
+        """
+        labels, root = self.listing()[split], self.found_root()
+        index = index_videos(list(labels), root, self.cache_dir, self.read_timeout)
+        return VideoClips(
+            indexed_videos(labels, index, self.decoder),
+            self.num_frames,
+            self.frame_stride,
+            self.resolution,
+            self.seed,
+            antialias=self.antialias,
+            random_crop=self.random_crop and split == "train",
+            horizontal_flip=self.horizontal_flip and split == "train",
+            name=f"{root.name} {split}",
+            quarantine=self.quarantine(),
+            max_bad_fraction=self.max_bad_fraction,
+            read_timeout=self.read_timeout,
+        )

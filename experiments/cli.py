@@ -34,9 +34,16 @@ def _demo(args: Sequence[str]) -> None:
     main(args)
 
 
+def _doctor(args: Sequence[str]) -> None:
+    from experiments.doctor import main
+
+    main(args)
+
+
 SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "export": ("turn a tokenizer's checkpoint into a bundle: safetensors and JSON", _export),
     "cache-frames": ("decode the videos of a data set once, at training size", _cache_frames),
+    "doctor": ("what a data set holds, what of it can be used, what is wrong with it", _doctor),
     "demo": ("embedded video, tokenizer, prior, samples and numbers, on a CPU", _demo),
 }
 
@@ -74,6 +81,8 @@ def console() -> None:
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         is_ours = ROOT in raised_in.parents and ".venv" not in raised_in.parts
+        # torch raises the errors of worker processes again: then it is the class that tells
+        is_ours |= type(error).__module__.startswith("datamodules.")
         if not is_ours or os.environ.get("LONGTAKE_TRACEBACK"):
             raise
         raise SystemExit(f"longtake: error: {error}\n(LONGTAKE_TRACEBACK=1 shows where it was raised.)") from None

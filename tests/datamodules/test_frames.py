@@ -7,9 +7,10 @@ import pytest
 from numbered_video import numbered_frame, read_numbers
 from PIL import Image
 
+from datamodules.decoders import frame_files, iter_images
 from datamodules.decoding import UnreadableVideoError
-from datamodules.frames import FrameFolder, FramesDataModule, find_videos, frame_files
-from datamodules.video import VideoClips
+from datamodules.frames import FramesDataModule, find_videos
+from datamodules.video import Video, VideoClips
 
 
 def write_frames(folder: Path, num_frames: int, name: str = "frame_{}.png") -> Path:
@@ -27,14 +28,14 @@ def videos_of(data: FramesDataModule, split: Any) -> dict[str, int]:
     """Paths relative to the root, with their labels."""
     dataset = data.make_dataset(split)
     assert isinstance(dataset, VideoClips)
-    return {video.path.relative_to(data.root).as_posix(): video.label for video in dataset.videos}
+    return {video.path.relative_to(data.found_root()).as_posix(): video.label for video in dataset.videos}
 
 
 class TestFrameFolders:
     @pytest.mark.parametrize("name", ["{}.png", "frame_{}.png", "take 2_{}.JPG", "{:07d}.jpeg"])
     def test_frames_come_in_the_order_of_their_numbers(self, tmp_path: Path, name: str) -> None:
         folder = write_frames(tmp_path / "video", 12, name)
-        frames = np.stack(list(FrameFolder(folder, 0, 12).frames(1, 6, 2)))
+        frames = np.stack(list(Video(folder, 0, 12, decoder="images").frames(1, 6, 2)))
         assert frames.dtype == np.uint8
         assert read_numbers(frames) == [1, 3, 5, 7, 9, 11]
 
@@ -48,7 +49,7 @@ class TestFrameFolders:
         (tmp_path / "video").mkdir()
         for number, mode in enumerate(["L", "RGBA", "P", "RGB"]):
             Image.new(mode, (8, 6)).save(tmp_path / "video" / f"{number}.png")
-        frames = list(FrameFolder(tmp_path / "video", 0, 4).frames(0, 4, 1))
+        frames = list(iter_images(tmp_path / "video", 0, 4, 1))
         assert [frame.shape for frame in frames] == [(6, 8, 3)] * 4
 
     @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n broken"])
@@ -56,19 +57,19 @@ class TestFrameFolders:
         folder = write_frames(tmp_path / "video", 3)
         (folder / "frame_1.png").write_bytes(content)
         with pytest.raises(UnreadableVideoError, match="video"):
-            list(FrameFolder(folder, 0, 3).frames(0, 3, 1))
+            list(iter_images(folder, 0, 3, 1))
 
     def test_a_truncated_image_is_an_unreadable_video(self, tmp_path: Path) -> None:
         folder = write_frames(tmp_path / "video", 3)
         content = (folder / "frame_1.png").read_bytes()
         (folder / "frame_1.png").write_bytes(content[: len(content) // 2])
         with pytest.raises(UnreadableVideoError, match="video"):
-            list(FrameFolder(folder, 0, 3).frames(0, 3, 1))
+            list(iter_images(folder, 0, 3, 1))
 
     def test_frames_that_vanished_are_an_unreadable_video(self, tmp_path: Path) -> None:
         folder = write_frames(tmp_path / "video", 3)
         with pytest.raises(UnreadableVideoError, match="video"):
-            list(FrameFolder(folder, 0, 9).frames(0, 9, 1))
+            list(iter_images(folder, 0, 9, 1))
 
 
 class TestFindingVideos:
@@ -143,7 +144,7 @@ def test_batches_mix_files_and_folders(tmp_path: Path, write_video: Callable[...
     data.setup()
     assert next(iter(data.train_dataloader()))["video"].shape == (2, 3, 4, 32, 32)
     assert [batch["index"].tolist() for batch in data.val_dataloader()] == [[0]]
-    assert (tmp_path / ".longtake" / "videos.json").is_file()
+    assert (tmp_path / ".longtake" / "index.jsonl").is_file()
 
 
 class TestErrors:

@@ -107,6 +107,7 @@ def test_the_environment_names_the_root(make_root: MakeRoot, monkeypatch: pytest
     assert len(data_of(None).make_dataset("train")) == 6
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the machine has cores
 def test_workers_decode_the_same_clips(make_root: MakeRoot) -> None:
     root = make_root()
     alone, helped = data_of(root), data_of(root, num_workers=2)
@@ -114,6 +115,22 @@ def test_workers_decode_the_same_clips(make_root: MakeRoot) -> None:
         data.setup()
     for one, other in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
         assert torch.equal(one["video"], other["video"])
+
+
+def test_the_class_is_that_of_the_list_in_the_order_of_their_numbers(make_root: MakeRoot) -> None:
+    root = make_root()
+    lists = root / "ucfTrainTestlist"
+    (lists / "classInd.txt").write_text("3 ApplyEyeMakeup\n1 HandstandPushups\n2 YoYo\n")
+    data = data_of(root)
+    assert data.class_names() == ["HandstandPushups", "YoYo", "ApplyEyeMakeup"]
+    assert list(data.listing()["val"].values()) == [2, 0, 1]
+
+
+def test_names_are_found_whatever_their_case(make_root: MakeRoot) -> None:
+    root = make_root()
+    folder = root / "UCF-101" / "YoYo"
+    (folder / "v_YoYo_g08_c01.avi").rename(folder / "V_YOYO_G08_C01.AVI")
+    assert len(data_of(root).make_dataset("train")) == 6
 
 
 class TestWhatIsMissing:
@@ -134,6 +151,12 @@ class TestWhatIsMissing:
         with pytest.raises(FileNotFoundError, match=rf"no list .*ucfTrainTestlist/{name}.*crcv\.ucf\.edu"):
             data_of(root).setup()
 
+    def test_a_class_without_a_number_is_named(self, make_root: MakeRoot) -> None:
+        root = make_root()
+        (root / "ucfTrainTestlist" / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 YoYo\n")
+        with pytest.raises(ValueError, match=r"classInd.txt lacks classes of trainlist01.txt: HandstandPushups"):
+            data_of(root).setup()
+
     def test_without_any_video_the_expected_folders_are_named(self, make_root: MakeRoot) -> None:
         root = make_root()
         shutil.rmtree(root / "UCF-101")
@@ -143,7 +166,7 @@ class TestWhatIsMissing:
     def test_single_videos_are_counted_and_named_in_a_warning(self, make_root: MakeRoot) -> None:
         root = make_root()
         (root / "UCF-101" / "YoYo" / "v_YoYo_g09_c01.avi").unlink()
-        with pytest.warns(UserWarning, match=r"1 of 6 videos of trainlist01.txt are missing .*v_YoYo_g09_c01.avi"):
+        with pytest.warns(UserWarning, match=r"1 of 6 videos cannot be read .*v_YoYo_g09_c01.avi: is not there"):
             assert len(data_of(root).make_dataset("train")) == 5
 
     def test_damaged_videos_are_counted_and_named_in_a_warning(self, make_root: MakeRoot) -> None:

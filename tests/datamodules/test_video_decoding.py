@@ -1,6 +1,5 @@
-import json
-import logging
 import os
+import pickle
 import random
 import struct
 from collections.abc import Callable
@@ -11,9 +10,18 @@ import av
 import numpy as np
 import pytest
 from numbered_video import numbered_frame, read_number, read_numbers
+from torch._utils import ExceptionWrapper
 
 from datamodules import decoding
-from datamodules.decoding import UnreadableVideoError, VideoInfo, index_videos, probe, read_frames, rotate
+from datamodules.decoding import (
+    TruncatedVideoError,
+    UnreadableVideoError,
+    bytes_are_missing,
+    probe,
+    read_frames,
+    read_header,
+    rotate,
+)
 
 NUM_FRAMES = 60
 FORMATS: dict[str, dict[str, Any]] = {
@@ -90,9 +98,17 @@ def test_key_frames_that_later_packets_precede_are_no_place_to_begin() -> None:
 
 
 @pytest.mark.parametrize("doubtful", [(3, True, True), (2, True, False), (None, True, False)])
-def test_missing_repeated_or_discarded_stamps_leave_only_the_first_frame(doubtful: tuple[Any, ...]) -> None:
-    packets = [decoding._Packet(0, True, False), decoding._Packet(2, True, False), decoding._Packet(*doubtful)]
-    assert decoding._key_frames(packets) == (0,)
+def test_missing_repeated_or_discarded_stamps_number_no_frames(doubtful: tuple[Any, ...]) -> None:
+    packets = [decoding._Packet(0, True, False), decoding._Packet(2, True, False)]
+    assert decoding._stamps_number_frames(packets)
+    assert not decoding._stamps_number_frames([*packets, decoding._Packet(*doubtful)])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stamps_are_trusted_where_one_packet_is_one_frame(videos: dict[str, Path], name: str) -> None:
+    info = probe(videos[name])
+    assert info.has_stamps == (name in ("bframes.mp4", "bframes.mkv", "odd.webm"))
+    assert (info.codec, info.container) != ("", "")
 
 
 def test_reading_past_the_end_is_an_error_that_names_file_and_frame(videos: dict[str, Path]) -> None:
@@ -180,16 +196,49 @@ class TestUnreadableFiles:
         with pytest.raises(UnreadableVideoError, match=name):
             probe(broken[name])
 
-    def test_a_cut_avi_counts_the_frames_it_still_has(self, tmp_path: Path, videos: dict[str, Path]) -> None:
-        with av.open(str(videos["bframes.avi"])) as container:
-            places = [packet.pos for packet in container.demux(video=0) if packet.size]
-        path = tmp_path / "cut.avi"
-        path.write_bytes(videos["bframes.avi"].read_bytes()[: places[30]])
-        info = probe(path)
-        assert 28 <= info.num_frames <= 30
-        assert read_numbers(read_frames(path, 0, info.num_frames))[:28] == list(range(28))
+    @pytest.mark.parametrize("share", [0.5, 0.85])
+    @pytest.mark.parametrize("name", ["bframes.avi", "odd.webm", "bframes.mkv", "faststart.mp4"])
+    def test_a_missing_end_is_found_where_decoding_gives_no_error(
+        self, tmp_path: Path, videos: dict[str, Path], write_video: Callable[..., Path], name: str, share: float
+    ) -> None:
+        whole = videos.get(name) or write_faststart(tmp_path / "whole.mp4", videos["bframes.mp4"])
+        path = tmp_path / name
+        with av.open(str(whole)) as container:
+            places = sorted(packet.pos for packet in container.demux(video=0) if packet.size)
+        path.write_bytes(whole.read_bytes()[: places[int(share * NUM_FRAMES)]])
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "NONE"
+            assert 1 <= sum(1 for _ in container.decode(video=0)) < NUM_FRAMES  # no error here
+        assert bytes_are_missing(path)
+        assert not bytes_are_missing(whole)
+        with pytest.raises(TruncatedVideoError, match=rf"{name}: truncated, "):
+            probe(path)
 
-    def test_damaged_packets_are_an_error_of_reading(self, tmp_path: Path, videos: dict[str, Path]) -> None:
+    def test_half_of_a_file_that_was_written_to_a_stream_is_found_by_its_length(
+        self, tmp_path: Path, videos: dict[str, Path]
+    ) -> None:
+        content = bytearray(videos["bframes.avi"].read_bytes())
+        content[4:8] = b"\0\0\0\0"  # such a file does not say how long it is
+        path = tmp_path / "streamed.avi"
+        path.write_bytes(content)
+        assert probe(path).num_frames == NUM_FRAMES
+        with av.open(str(path)) as container:
+            places = [packet.pos for packet in container.demux(video=0) if packet.size]
+        path.write_bytes(content[: places[NUM_FRAMES // 2]])
+        assert not bytes_are_missing(path)
+        with pytest.raises(TruncatedVideoError, match=rf"of {NUM_FRAMES} frames are there"):
+            probe(path)
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"RIFF", b"\x1a\x45\xdf\xa3" * 20, bytes(100), b"\x1a\x45\xdf\xa3" + bytes(80)]
+    )
+    def test_what_is_no_container_says_nothing_about_its_length(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "some").write_bytes(content)
+        bytes_are_missing(tmp_path / "some")  # or this raises
+
+    def test_damaged_packets_are_found_by_decoding_the_last_frame(
+        self, tmp_path: Path, videos: dict[str, Path]
+    ) -> None:
         content = bytearray(videos["bframes.mp4"].read_bytes())
         with av.open(str(videos["bframes.mp4"])) as container:
             places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
@@ -197,110 +246,74 @@ class TestUnreadableFiles:
             content[position : position + size] = b"\xff" * size
         path = tmp_path / "damaged.mp4"
         path.write_bytes(content)
-        assert probe(path).num_frames == NUM_FRAMES  # found only by decoding all of it
-        with pytest.raises(UnreadableVideoError, match=r"damaged\.mp4"):
-            read_frames(path, 0, NUM_FRAMES)
+        assert read_header(path).num_frames == NUM_FRAMES
+        for read in (probe, lambda path: read_frames(path, 0, NUM_FRAMES)):
+            with pytest.raises(UnreadableVideoError, match=r"damaged\.mp4"):
+                read(path)
 
+    def test_what_would_block_is_refused_before_it_is_opened(self, tmp_path: Path) -> None:
+        pipe, folder, device = tmp_path / "pipe.mp4", tmp_path / "folder.mp4", tmp_path / "device.mp4"
+        os.mkfifo(pipe)
+        folder.mkdir()
+        device.symlink_to("/dev/zero")
+        for path, kind in ((pipe, "pipe"), (folder, "folder"), (device, "device")):
+            for read in (probe, read_header, lambda path: read_frames(path, 0, 1)):
+                with pytest.raises(UnreadableVideoError, match=rf"{path.name}: is a {kind}, no regular file"):
+                    read(path)
 
-class TestIndex:
-    @pytest.fixture
-    def root(self, tmp_path: Path, small_avi: bytes) -> Path:
-        root = tmp_path / "root"
-        (root / "class").mkdir(parents=True)
-        for name in ("a.avi", "class/b.avi"):
-            (root / name).write_bytes(small_avi)
-        (root / "broken.avi").write_bytes(b"no video")
-        return root
-
-    @pytest.fixture
-    def probed(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        names: list[str] = []
-
-        def counting(path: Path) -> VideoInfo:
-            names.append(Path(path).name)
-            return probe(path)
-
-        monkeypatch.setattr(decoding, "probe", counting)
-        return names
-
-    @staticmethod
-    def paths(root: Path) -> list[Path]:
-        return [root / "a.avi", root / "broken.avi", root / "class" / "b.avi"]
-
-    def test_files_are_probed_once_and_failures_are_remembered(self, root: Path, probed: list[str]) -> None:
-        first = index_videos(self.paths(root), root)
-        assert isinstance(info := first[root / "a.avi"], VideoInfo)
-        assert info.num_frames == 20
-        assert isinstance(reason := first[root / "broken.avi"], str)
-        assert "broken.avi" in reason
-        assert sorted(probed) == ["a.avi", "b.avi", "broken.avi"]
-        assert index_videos(self.paths(root), root) == first
-        assert len(probed) == 3
-
-    def test_a_changed_file_is_probed_again_alone(
-        self, root: Path, probed: list[str], write_video: Callable[..., Path]
+    def test_a_codec_that_nobody_knows_is_an_error_that_names_the_file(
+        self, tmp_path: Path, videos: dict[str, Path]
     ) -> None:
-        index_videos(self.paths(root), root)
-        probed.clear()
-        write_video(root / "a.avi", 7)
-        assert index_videos(self.paths(root), root)[root / "a.avi"] == VideoInfo(7, 128, 64, 0)
-        assert probed == ["a.avi"]
+        path = tmp_path / "strange.mp4"
+        path.write_bytes(videos["bframes.mp4"].read_bytes().replace(b"avc1", b"xyz1").replace(b"avcC", b"xyzC"))
+        with pytest.raises(UnreadableVideoError, match=r"strange\.mp4: "):
+            probe(path)
 
-    def test_a_touched_file_of_the_same_size_is_probed_again(self, root: Path, probed: list[str]) -> None:
-        index_videos(self.paths(root), root)
-        probed.clear()
-        os.utime(root / "a.avi", (1, 1))
-        index_videos(self.paths(root), root)
-        assert probed == ["a.avi"]
-
-    def test_a_root_that_was_moved_keeps_its_index(self, root: Path, probed: list[str]) -> None:
-        index_videos(self.paths(root), root)
-        probed.clear()
-        moved = root.rename(root.with_name("moved"))
-        assert len(index_videos(self.paths(moved), moved)) == 3
-        assert probed == []
-
-    def test_the_index_is_written_whole_and_nothing_else_is_left(self, root: Path) -> None:
-        index_videos(self.paths(root), root)
-        assert [file.name for file in (root / ".longtake").iterdir()] == ["videos.json"]
-        assert set(json.loads((root / ".longtake" / "videos.json").read_text())["videos"]) == {
-            "a.avi",
-            "broken.avi",
-            "class/b.avi",
-        }
-
-    @pytest.mark.parametrize("content", ["{", '{"version": 0, "videos": {"a.avi": 1}}'])
-    def test_a_broken_or_old_index_is_made_anew(self, root: Path, probed: list[str], content: str) -> None:
-        (root / ".longtake").mkdir()
-        (root / ".longtake" / "videos.json").write_text(content)
-        index_videos(self.paths(root), root)
-        assert len(probed) == 3
-        assert json.loads((root / ".longtake" / "videos.json").read_text())["version"] == 1
-
-    def test_another_folder_may_hold_the_index(self, root: Path, tmp_path: Path, probed: list[str]) -> None:
-        for _ in range(2):
-            index_videos(self.paths(root), root, tmp_path / "cache")
-        assert len(probed) == 3
-        assert not (root / ".longtake").exists()
-        assert len(list((tmp_path / "cache").glob("videos-*.json"))) == 1
-
-    def test_a_root_that_cannot_be_written_falls_back_to_the_home_folder_and_says_so(
-        self,
-        root: Path,
-        tmp_path: Path,
-        probed: list[str],
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
+    def test_a_file_that_may_not_be_read_is_an_error_that_names_it(
+        self, videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        (root / ".longtake").write_text("a file stands where the folder should be")
-        with caplog.at_level(logging.WARNING, "datamodules.decoding"):
-            for _ in range(2):
-                index_videos(self.paths(root), root)
-        assert len(probed) == 3
-        assert len(list((tmp_path / "home" / ".cache" / "longtake").glob("videos-*.json"))) == 1
-        assert len(caplog.messages) == 1
-        assert "--data.cache_dir" in caplog.messages[0]
+        def refuse(*args: Any, **options: Any) -> None:  # root may read everything, so that modes do not help
+            raise av.PermissionError(13, "Permission denied", "bframes.mp4")
+
+        monkeypatch.setattr(av, "open", refuse)
+        with pytest.raises(UnreadableVideoError, match=r"bframes\.mp4: .*Permission denied"):
+            probe(videos["bframes.mp4"])
+
+
+def write_faststart(path: Path, source: Path) -> Path:
+    """Copy an mp4 with its index at the beginning."""
+    options = {"movflags": "faststart"}
+    with av.open(str(source)) as container, av.open(str(path), "w", options=options) as target:
+        stream = target.add_stream_from_template(container.streams.video[0])
+        for packet in container.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    return path
+
+
+def test_headers_are_read_without_decoding(videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_packets", None)
+    header = read_header(videos["bframes.mp4"])
+    assert (header.codec, header.width, header.height, header.fps) == ("h264", 128, 64, 25.0)
+    assert (header.num_frames, header.seconds) == (NUM_FRAMES, pytest.approx(2.4))
+    assert read_header(videos["odd.webm"]).num_frames == 0  # it does not say
+
+
+class TestErrorMessages:
+    def test_an_error_is_an_oserror_and_travels_between_processes(self) -> None:
+        error = pickle.loads(pickle.dumps(TruncatedVideoError("a.avi: truncated")))
+        assert isinstance(error, OSError)
+        assert str(error) == "a.avi: truncated"
+
+    def test_what_a_loader_makes_of_a_workers_error_is_the_message_again(self) -> None:
+        try:
+            raise UnreadableVideoError("toys: 2 of 3 videos cannot be read:\n  a.avi: broken\n  b.avi: broken")
+        except UnreadableVideoError:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        with pytest.raises(UnreadableVideoError) as raised:
+            wrapped.reraise()
+        assert str(raised.value) == "toys: 2 of 3 videos cannot be read:\n  a.avi: broken\n  b.avi: broken"
 
 
 def test_numbers_in_test_frames_can_be_read_back() -> None:

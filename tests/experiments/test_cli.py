@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from tiny_experiments import write_experiment
+from torch._utils import ExceptionWrapper
 
 import experiments.cli
+from datamodules.decoding import UnreadableVideoError
 from experiments.cli import LIGHTNING_COMMANDS, SMALL_COMMANDS, console, main
 from experiments.lightning_cli import run
 
@@ -98,6 +100,19 @@ def test_console_keeps_the_traceback_of_errors_that_are_no_message_for_the_user(
     monkeypatch.setattr(experiments.cli, "main", parse_a_config)
     with pytest.raises(json.JSONDecodeError):
         console()
+
+
+def test_console_says_in_one_message_what_stopped_a_worker_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_as_a_loader_does() -> None:
+        try:
+            raise UnreadableVideoError("toys: 2 of 3 videos cannot be read:\n  a.avi: broken")
+        except UnreadableVideoError:
+            error = ExceptionWrapper(where="in DataLoader worker process 0")
+        error.reraise()  # inside torch, with the worker's traceback as its message
+
+    monkeypatch.setattr(experiments.cli, "main", fail_as_a_loader_does)
+    message = run_console(monkeypatch, "fit")
+    assert message.startswith("longtake: error: toys: 2 of 3 videos cannot be read:\n  a.avi: broken\n(LONGTAKE")
 
 
 # Experiment files

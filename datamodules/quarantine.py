@@ -1,0 +1,59 @@
+"""The files that failed while they were read: a list that all processes of all runs share."""
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from datamodules.index import LinesFile, file_stamp
+
+_log = logging.getLogger(__name__)
+
+
+class Quarantine:
+    """Files that failed while they were read, with the reason; a file that changes leaves the list.
+
+    Files are known by their absolute paths.
+
+    Args:
+        root: folder of the data set. The list is kept in `quarantine.jsonl` below it (see `LinesFile`), and its entries
+            can be removed by hand; with None it is kept in memory, for this process alone.
+        cache_dir: folder to keep it in instead.
+    """
+
+    def __init__(self, root: Path | None = None, cache_dir: Path | None = None) -> None:
+        self.file = None if root is None else LinesFile("quarantine", root, cache_dir)
+        self._reasons: dict[Path, str] = {}
+        self._size = 0
+
+    def reasons(self, paths: Collection[Path]) -> Mapping[Path, str]:
+        """Return those of these files that are on the list, with their reasons, as all processes know them by now.
+
+        Args:
+            paths: absolute paths.
+        """
+        if self.file is not None and self.file.size() != self._size:
+            self._size = self.file.size()
+            for line in self.file.load():
+                path = Path(line["path"])
+                if path not in self._reasons and tuple(line["file"]) == file_stamp(path):
+                    self._reasons[path] = line["reason"]
+        return {path: reason for path, reason in self._reasons.items() if path in paths}
+
+    def add(self, path: Path, reason: str) -> None:
+        """Put a file on the list."""
+        if path in self:
+            return
+        self._reasons[path.absolute()] = reason
+        line: dict[str, Any] = {"path": str(path.absolute()), "file": file_stamp(path), "reason": reason}
+        if self.file is not None:
+            try:
+                self.file.append([line])
+            except OSError as error:  # a full disk: no reason to stop
+                _log.warning("The quarantine list cannot be written: %s", error)
+
+    def __contains__(self, path: Path) -> bool:
+        return path.absolute() in self._reasons
+
+    def __str__(self) -> str:
+        return "in memory" if self.file is None else str(self.file.place)

@@ -1,0 +1,180 @@
+"""`longtake doctor`: the counts, the problems, and the exit code."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules import FramesDataModule
+from experiments.cli import ROOT, main
+from experiments.doctor import data_module
+
+
+def write_video(path: Path, num_frames: int, brightness: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(num_frames):
+            image = np.full((32, 48, 3), brightness + 5 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes, three healthy videos for training and one to validate on; the working directory is empty."""
+    for number, name in enumerate(("train/walk/a", "train/walk/b", "train/run/c", "val/run/d")):
+        write_video(tmp_path / "data" / f"{name}.avi", 12 + number, brightness=10 * number)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "data"
+
+
+def doctor(root: Path, *words: str, code: int) -> dict[str, Any]:
+    """Run the command and return its report."""
+    words = ("--data=FramesDataModule", f"--data.root={root}", "--data.num_frames=8", "--out=out", *words)
+    if code:
+        with pytest.raises(SystemExit) as stopped:
+            main(["doctor", *words])
+        assert stopped.value.code == code
+    else:
+        main(["doctor", *words])
+    return json.loads(Path("out/report.json").read_text())
+
+
+def test_a_healthy_data_set_is_counted_and_the_exit_is_clean(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = doctor(root, code=0)
+    train, val = report["splits"]["train"], report["splits"]["val"]
+    assert (train["videos"], train["usable"], train["frames"], val["usable"]) == (3, 3, 12 + 13 + 14, 1)
+    assert train["clips"] == 5 + 6 + 7  # starts that fit
+    assert train["hours"] == pytest.approx(39 / 25 / 3600)
+    assert train["classes"] == {"run": {"videos": 1, "usable": 1}, "walk": {"videos": 2, "usable": 2}}
+    assert not report["wrong"]
+    estimates = report["estimates"]
+    assert estimates["gigabytes_as_raw_frames"] == pytest.approx((39 + 15) * 3 * 128**2 / 1e9)
+    assert estimates["hours_per_epoch_and_worker"] == pytest.approx(estimates["seconds_per_clip_and_worker"] * 3 / 3600)
+    out = capsys.readouterr().out
+    assert Path("out/report.txt").read_text() in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["long", "enough", "and", "readable", "3", "1"] in rows
+    assert ["walk", "2", "of", "2", "0", "of", "0"] in rows
+    assert "Nothing is wrong." in out
+
+
+def test_everything_that_is_wrong_is_counted_and_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = root / "train"
+    whole = (train / "walk/a.avi").read_bytes()
+    (train / "run/leak.avi").write_bytes((root / "val/run/d.avi").read_bytes())
+    (train / "run/twin.avi").write_bytes((train / "run/c.avi").read_bytes())
+    (train / "walk/page.avi").write_text("<html>")
+    with av.open(str(train / "walk/a.avi")) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    (train / "walk/cut.avi").write_bytes(whole[: places[6]])
+    (train / "walk/dangling.avi").symlink_to(root / "nowhere.avi")
+    os.mkfifo(train / "walk/pipe.avi")
+    write_video(train / "walk/short.avi", 7, brightness=99)
+    report = doctor(root, code=1)
+    found, problems = report["splits"]["train"], report["problems"]
+    assert (found["videos"], found["usable"], found["too_short"]) == (10, 5, 1)
+    assert (found["corrupt"], found["truncated"], found["missing"]) == (2, 1, 1)
+    assert {Path(path).name for path in problems["corrupt"]} == {"page.avi", "pipe.avi"}
+    assert "is a pipe" in problems["corrupt"][str(train / "walk/pipe.avi")]
+    assert [Path(path).name for path in problems["truncated"]] == ["cut.avi"]
+    assert [Path(path).name for path in problems["missing"]] == ["dangling.avi"]
+    assert problems["duplicate"] == [{"train": [str(train / "run/c.avi"), str(train / "run/twin.avi")]}]
+    assert problems["leaking"] == [{"train": [str(train / "run/leak.avi")], "val": [str(root / "val/run/d.avi")]}]
+    out = capsys.readouterr().out
+    assert f"  {train}/run/leak.avi (train) = {root}/val/run/d.avi (val)" in out
+    assert "corrupt (2):" in out
+    assert "Something is wrong, see above." in out
+
+
+def test_short_videos_are_no_fault_but_a_class_or_split_without_any_other_is(root: Path) -> None:
+    assert doctor(root, "--data.num_frames=13", code=0)["splits"]["train"]["too_short"] == 1
+    report = doctor(root, "--data.frame_stride=2", code=1)  # spans 15 frames
+    assert report["problems"]["empty"][0] == "train: no video is long enough"
+    assert "train: no usable video of class walk" in report["problems"]["empty"]
+    assert report["estimates"] == {}
+
+
+def test_files_in_quarantine_are_named_with_their_reason(root: Path) -> None:
+    data = FramesDataModule(str(root))
+    data.quarantine().add(root / "train/walk/a.avi", "a.avi: not read within 3 seconds")
+    report = doctor(root, code=1)
+    assert report["problems"]["quarantined"] == {str(root / "train/walk/a.avi"): "a.avi: not read within 3 seconds"}
+    assert (report["splits"]["train"]["usable"], report["splits"]["train"]["quarantined"]) == (2, 1)
+
+
+def test_the_quick_look_reads_headers_alone(root: Path) -> None:
+    (root / "train/run/twin.avi").write_bytes((root / "train/run/c.avi").read_bytes())
+    report = doctor(root, "--quick", code=0)  # twins are found by their content
+    assert (report["level"], report["splits"]["train"]["usable"], report["estimates"]) == ("quick", 4, {})
+    assert '"level": "full"' not in (root / ".longtake/index.jsonl").read_text()
+
+
+def test_failures_are_looked_at_again_when_asked(root: Path) -> None:
+    index = root / ".longtake" / "index.jsonl"
+    doctor(root, code=0)
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    for line in lines:  # as if a disk had been away
+        if line["path"] == "train/walk/a.avi":
+            line |= {"info": None, "error": "a.avi: not read within 3 seconds"}
+    index.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert doctor(root, code=1)["splits"]["train"]["corrupt"] == 1
+    assert doctor(root, "--again", code=0)["splits"]["train"]["corrupt"] == 0
+
+
+def test_folders_of_frames_are_examined_too(root: Path) -> None:
+    folder = root / "train/run/frames"
+    folder.mkdir()
+    for number in range(9):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    report = doctor(root, code=0)
+    assert (report["splits"]["train"]["usable"], report["splits"]["train"]["frames"]) == (4, 39 + 9)
+
+
+class TestWhatIsExamined:
+    def test_an_experiment_file_says_it_with_its_bases_and_options_win(self, root: Path) -> None:
+        Path("parent.yaml").write_text(
+            "data: {class_path: FramesDataModule, init_args: {num_frames: 4, resolution: 32}}\nmodel: {class_path: X}\n"
+        )
+        Path("child.yaml").write_text("base: parent.yaml\ndata: {init_args: {num_frames: 6}}\n")
+        data = data_module("child.yaml", [f"--data.root={root}", "--data.frame_stride=2"])
+        assert isinstance(data, FramesDataModule)
+        assert (data.num_frames, data.frame_stride, data.resolution, data.root) == (6, 2, 32, str(root))
+
+    def test_a_file_without_data_is_refused(self, root: Path) -> None:
+        Path("none.yaml").write_text("trainer: {}\n")
+        with pytest.raises(ValueError, match=r"none.yaml has no `data` section"):
+            data_module("none.yaml", [])
+
+    def test_a_data_module_without_files_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"MovingShapesDataModule reads no files that could be examined"):
+            data_module("MovingShapesDataModule", [])
+
+    def test_an_unknown_option_is_refused_by_name(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            data_module("FramesDataModule", [f"--data.root={root}", "--data.nume_frames=3"])
+        assert "nume_frames" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_help_answers_within_a_second_of_processor_time() -> None:
+    program = "import sys; from experiments.cli import main; main(['doctor', '--help'])"
+    code = f"import time\ntry:\n    {program.replace('; ', chr(10) + '    ')}\nexcept SystemExit:\n    pass\n"
+    code += "print('modules', 'torch' in sys.modules, 'lightning' in sys.modules, time.process_time() < 1)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "modules False False True", result.stderr
+    assert "--data CLASS|FILE" in result.stdout
+    assert time.monotonic() - began < 60
