@@ -164,6 +164,7 @@ class Detector(nn.Module):
         self.network = network.eval().requires_grad_(False)
         self.card = card
         self.clips_at_once = clips_at_once
+        self.eval()
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Features:
@@ -176,11 +177,11 @@ class Detector(nn.Module):
             ValueError: For another layout, values outside of [-1, 1], or a number of frames that the network cannot take.
         """
         self._check(video)
-        with full_precision(video.device):
-            outputs = [self.network(self.card.preprocessing(clips)) for clips in video.split(self.clips_at_once)]
-        if not outputs:
+        if not len(video):
             sizes = (self.card.num_features, self.card.num_classes)
             return Features(*(torch.zeros(0, size, device=video.device) for size in sizes), card=self.card)
+        with full_precision(video.device):
+            outputs = [self.network(self.card.preprocessing(clips)) for clips in video.split(self.clips_at_once)]
         values, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return Features(values, logits, self.card)
 

@@ -205,6 +205,6 @@ def load_inception(path: str | Path, sha256: str | None = None) -> Detector:
         NUM_FEATURES,
         NUM_CLASSES,
         Preprocessing(299, "legacy", max_frames=1),
-        published={"frechet": "fid", "kernel": "kid_all_pairs", "inception_score": "image_inception_score"},
+        published={"frechet": "fid", "inception_score": "image_inception_score"},
     )
     return Detector(network, card)
