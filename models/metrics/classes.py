@@ -96,7 +96,9 @@ class _Coherence(SampleMetric):
         check_card(features, self.card)
         if len(features) % self.width:
             raise ValueError(f"{len(features)} features are no whole number of videos of {self.width} pieces.")
-        log_p = features.logits.double().log_softmax(dim=1).view(-1, self.width, self.card.num_classes)  # [n, pieces, K]
+        log_p = (
+            features.logits.double().log_softmax(dim=1).view(-1, self.width, self.card.num_classes)
+        )  # [n, pieces, K]
         self.add_rows("generated", self.compare(log_p), index)
 
     def compare(self, log_p: Tensor) -> Tensor:

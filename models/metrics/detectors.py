@@ -174,12 +174,12 @@ class Detector(nn.Module):
             video: `[B, 3, T, H, W]`, float in [-1, 1] or uint8. Detectors of images take `[B, 3, 1, H, W]`.
 
         Raises:
-            ValueError: For another layout, values outside of [-1, 1], or a number of frames that the network cannot take.
+            ValueError: For another layout, values outside of [-1, 1], or a number of frames that it cannot take.
         """
         self._check(video)
         if not len(video):
-            sizes = (self.card.num_features, self.card.num_classes)
-            return Features(*(torch.zeros(0, size, device=video.device) for size in sizes), card=self.card)
+            values, logits = torch.zeros(0, self.card.num_features), torch.zeros(0, self.card.num_classes)
+            return Features(values.to(video.device), logits.to(video.device), self.card)
         with full_precision(video.device):
             outputs = [self.network(self.card.preprocessing(clips)) for clips in video.split(self.clips_at_once)]
         values, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))

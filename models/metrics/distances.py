@@ -89,15 +89,16 @@ def kernel_distance(x: Tensor, y: Tensor) -> Tensor:
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"A kernel distance needs two samples of each set at least; there are {len(x)} and {len(y)}.")
-    within = sum(_off_diagonal_mean(rows) for rows in (x, y))
-    across = sum(polynomial_kernel(block, y).sum() for block in x.split(1024))
-    return within - 2 * across / (len(x) * len(y))
+    within = [(_kernel_sum(rows, rows) - _diagonal_sum(rows)) / (len(rows) * (len(rows) - 1)) for rows in (x, y)]
+    return within[0] + within[1] - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
 
-def _off_diagonal_mean(x: Tensor) -> Tensor:
-    total = sum(polynomial_kernel(block, x).sum() for block in x.split(1024))
-    diagonal = ((x.square().sum(dim=1) / x.shape[1] + 1) ** 3).sum()
-    return (total - diagonal) / (len(x) * (len(x) - 1))
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([polynomial_kernel(block, y).sum() for block in x.split(1024)]).sum()
+
+
+def _diagonal_sum(x: Tensor) -> Tensor:
+    return ((x.square().sum(dim=1) / x.shape[1] + 1) ** 3).sum()
 
 
 def card_of(detector: Detector | DetectorCard) -> DetectorCard:

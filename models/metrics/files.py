@@ -113,7 +113,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} holds no tensors that can be read safely ({str(error).partition('. ')[0]}).") from error
+        raise ValueError(
+            f"{path} holds no tensors that can be read safely ({str(error).partition('. ')[0]})."
+        ) from error
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
         raise ValueError(f"{path} is no state dict: expected a dictionary of tensors.")
     return state

@@ -99,7 +99,9 @@ class FrameScore(SampleMetric):
                 f"{self.futures} videos for each of {list(reference.shape)} were expected, got {list(video.shape)}."
             )
         scores = self.score(video, reference.repeat_interleave(self.futures, dim=0)).view(len(reference), self.futures)
-        self.add_rows("videos", scores.amax(1, keepdim=True) if self.takes_best else scores.mean(1, keepdim=True), index)
+        self.add_rows(
+            "videos", scores.amax(1, keepdim=True) if self.takes_best else scores.mean(1, keepdim=True), index
+        )
 
     def compute(self) -> Tensor:
         """Return the mean over videos, a float64 scalar.

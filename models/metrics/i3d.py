@@ -1,4 +1,4 @@
-"""I3D (Carreira and Zisserman, 2017): Inception-v1 inflated to three dimensions, the detector of Frechet video distance.
+"""I3D (Carreira and Zisserman, 2017), Inception-v1 inflated to 3D: the detector of Frechet video distance.
 
 The published distance uses the 400 logits of Kinetics-400, averaged over time, before the softmax. Three pipelines are
 in use (`PROFILES`); their networks differ in the epsilon of batch norm alone, so that one module serves all. Two sets
@@ -38,7 +38,7 @@ MIXED = {
 
 
 def pad_same(x: Tensor, kernel_size: Triple, stride: Triple) -> Tensor:
-    """Pad `[B, C, T, H, W]` with zeros as TensorFlow's SAME does: to `ceil(size / stride)` outputs, the odd one behind."""
+    """Pad `[B, C, T, H, W]` with zeros as TensorFlow's SAME does: `ceil(size / stride)` outputs, the odd one behind."""
     pads: list[int] = []
     for size, kernel, step in zip(reversed(x.shape[2:]), reversed(kernel_size), reversed(stride), strict=True):
         total = max((-(-size // step) - 1) * step + kernel - size, 0)
@@ -58,6 +58,7 @@ class Unit(nn.Module):
         self.bn = nn.BatchNorm3d(out_channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, T, H, W]` to `[B, out_channels, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)]`."""
         return F.relu(self.bn(self.conv3d(pad_same(x, self.kernel_size, self.stride))))
 
 
@@ -69,6 +70,7 @@ class MaxPool(nn.Module):
         self.kernel_size, self.stride = kernel_size, stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, T, H, W]` to `[B, C, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)]`."""
         return F.max_pool3d(pad_same(x, self.kernel_size, self.stride), self.kernel_size, self.stride)
 
 
@@ -85,6 +87,7 @@ class Mixed(nn.Module):
         self.pool, self.b3b = MaxPool(three, one), Unit(in_channels, c5, one, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, T, H, W]` to the channels of the four branches, one behind the other."""
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.pool(x))], dim=1)
 
 
@@ -96,6 +99,7 @@ class Logits(nn.Module):
         self.conv3d = nn.Conv3d(1024, NUM_CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, 1024, T, 1, 1]` to `[B, 400, T, 1, 1]`."""
         return self.conv3d(x)
 
 
@@ -200,8 +204,8 @@ def load_i3d(path: str | Path, profile: str | None = None, sha256: str | None = 
 
     Args:
         path: A TorchScript archive, a PyTorch state dict, or DeepMind's variables as .npz or .safetensors.
-        profile: `tf`, `videogpt` or `stylegan_v`; None for the one that the file was published with (`tf` for DeepMind's
-            variables).
+        profile: `tf`, `videogpt` or `stylegan_v`; None for the one that the file was published with, `tf` for files
+            that nobody has published.
         sha256: The file's digest: accepts exactly this file where none was published. Also loads weights that began
             from ImageNet, whose numbers are then named after the detector `i3d_imagenet`.
 
@@ -235,9 +239,7 @@ def load_i3d(path: str | Path, profile: str | None = None, sha256: str | None = 
     state = fit(to_module_names(state), shapes, path)
     counters = {key: torch.tensor(0) for key in network.state_dict().keys() - state.keys()}
     network.load_state_dict(state | counters, assign=True)
-    card = DetectorCard(
-        name, found.sha256, NUM_CLASSES, NUM_CLASSES, pipeline.preprocessing, pipeline.ddof, published
-    )
+    card = DetectorCard(name, found.sha256, NUM_CLASSES, NUM_CLASSES, pipeline.preprocessing, pipeline.ddof, published)
     return Detector(network, card)
 
 
@@ -262,7 +264,8 @@ def random_i3d(seed: int = 0) -> Detector:
         elif isinstance(module, nn.BatchNorm3d):
             module.reset_parameters()  # constants
     preprocessing = Preprocessing(64, "half_pixel", antialias=True, min_frames=9)
-    return Detector(network, DetectorCard("random_i3d", f"random, seed {seed}", NUM_CLASSES, NUM_CLASSES, preprocessing))
+    card = DetectorCard("random_i3d", f"random, seed {seed}", NUM_CLASSES, NUM_CLASSES, preprocessing)
+    return Detector(network, card)
 
 
 def layouts() -> Iterator[tuple[str, str, str]]:
@@ -296,7 +299,8 @@ def to_module_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             names |= {f"{theirs}/batch_norm/{tf}": f"{ours}.bn.{torch_}" for torch_, tf in _NORM.items()}
         names |= {name.replace("5b/Branch_2/Conv3d_0a_3", "5b/Branch_2/Conv3d_0b_3"): names[name] for name in names}
         state = {names.get(name, name): tensor for name, tensor in cut_prefix(state, _TF_STEM).items()}
-        scales = {f"{key.removesuffix('bias')}weight": torch.ones(b.numel()) for key, b in state.items() if "bn.bias" in key}
+        biases = {key: tensor for key, tensor in state.items() if key.endswith("bn.bias")}
+        scales = {key.replace("bias", "weight"): torch.ones(bias.numel()) for key, bias in biases.items()}
         # kernels are T H W in out; statistics are 1 1 1 1 C
         return scales | {
             key: tensor.permute(4, 3, 0, 1, 2) if key.endswith("conv3d.weight") else tensor.reshape(-1)

@@ -33,7 +33,16 @@ class BasicConv2d(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, H, W]` to `[B, out_channels, H, W]`, fewer pixels without padding or with a stride."""
         return F.relu(self.bn(self.conv(x)))
+
+
+def _row(in_channels: int, out_channels: int, size: int) -> BasicConv2d:
+    return BasicConv2d(in_channels, out_channels, (1, size), padding=(0, size // 2))
+
+
+def _column(in_channels: int, out_channels: int, size: int) -> BasicConv2d:
+    return BasicConv2d(in_channels, out_channels, (size, 1), padding=(size // 2, 0))
 
 
 def _average(x: Tensor) -> Tensor:
@@ -53,6 +62,7 @@ class BlockA(nn.Module):
         self.branch_pool = BasicConv2d(in_channels, pool_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches of `[B, C, H, W]`."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         five = self.branch5x5_2(self.branch5x5_1(x))
         return torch.cat([self.branch1x1(x), five, double, self.branch_pool(_average(x))], dim=1)
@@ -69,6 +79,7 @@ class BlockB(nn.Module):
         self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches of `[B, C, H, W]`."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], dim=1)
 
@@ -78,19 +89,19 @@ class BlockC(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        row, column = {"kernel_size": (1, 7), "padding": (0, 3)}, {"kernel_size": (7, 1), "padding": (3, 0)}
         self.branch1x1 = BasicConv2d(768, 192, 1)
         self.branch7x7_1 = BasicConv2d(768, width, 1)
-        self.branch7x7_2 = BasicConv2d(width, width, **row)
-        self.branch7x7_3 = BasicConv2d(width, 192, **column)
+        self.branch7x7_2 = _row(width, width, 7)
+        self.branch7x7_3 = _column(width, 192, 7)
         self.branch7x7dbl_1 = BasicConv2d(768, width, 1)
-        self.branch7x7dbl_2 = BasicConv2d(width, width, **column)
-        self.branch7x7dbl_3 = BasicConv2d(width, width, **row)
-        self.branch7x7dbl_4 = BasicConv2d(width, width, **column)
-        self.branch7x7dbl_5 = BasicConv2d(width, 192, **row)
+        self.branch7x7dbl_2 = _column(width, width, 7)
+        self.branch7x7dbl_3 = _row(width, width, 7)
+        self.branch7x7dbl_4 = _column(width, width, 7)
+        self.branch7x7dbl_5 = _row(width, 192, 7)
         self.branch_pool = BasicConv2d(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches of `[B, C, H, W]`."""
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
@@ -104,11 +115,12 @@ class BlockD(nn.Module):
         super().__init__()
         self.branch3x3_1, self.branch3x3_2 = BasicConv2d(768, 192, 1), BasicConv2d(192, 320, 3, stride=2)
         self.branch7x7x3_1 = BasicConv2d(768, 192, 1)
-        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_2 = _row(192, 192, 7)
+        self.branch7x7x3_3 = _column(192, 192, 7)
         self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches of `[B, C, H, W]`."""
         three = self.branch3x3_2(self.branch3x3_1(x))
         seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
         return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], dim=1)
@@ -120,16 +132,16 @@ class BlockE(nn.Module):
     def __init__(self, in_channels: int, max_pool: bool) -> None:
         super().__init__()
         self.max_pool = max_pool
-        row, column = {"kernel_size": (1, 3), "padding": (0, 1)}, {"kernel_size": (3, 1), "padding": (1, 0)}
         self.branch1x1 = BasicConv2d(in_channels, 320, 1)
         self.branch3x3_1 = BasicConv2d(in_channels, 384, 1)
-        self.branch3x3_2a, self.branch3x3_2b = BasicConv2d(384, 384, **row), BasicConv2d(384, 384, **column)
+        self.branch3x3_2a, self.branch3x3_2b = _row(384, 384, 3), _column(384, 384, 3)
         self.branch3x3dbl_1 = BasicConv2d(in_channels, 448, 1)
         self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = BasicConv2d(384, 384, **row), BasicConv2d(384, 384, **column)
+        self.branch3x3dbl_3a, self.branch3x3dbl_3b = _row(384, 384, 3), _column(384, 384, 3)
         self.branch_pool = BasicConv2d(in_channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches of `[B, C, H, W]`."""
         three = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else _average(x)
@@ -174,8 +186,8 @@ class InceptionV3(nn.Module):
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WHERE = (
-    f"FID and the inception score of images take pt_inception-2015-12-05-6726825d.pth, 95,628,359 bytes, sha256 {SHA256} "
-    "(release fid_weights of mseitzer/pytorch-fid, or weights-inception-2015-12-05-6726825d.pth of toshas/torch-fidelity)."
+    "FID and the inception score of images take pt_inception-2015-12-05-6726825d.pth, 95,628,359 bytes, "
+    f"sha256 {SHA256} (release fid_weights of mseitzer/pytorch-fid; torch-fidelity calls it weights-inception-...)."
 )
 
 

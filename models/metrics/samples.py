@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 KEPT_ROWS = 512  # a rank's latest rows, never folded before the end: repeated samples are among them on up to 512 ranks
@@ -96,7 +96,9 @@ class SampleMetric(Metric):
         counted = folded[folded >= 0]
         if len(counted.unique()) < len(counted):
             values, counts = counted.unique(return_counts=True)
-            raise ValueError(f"Samples {values[counts > 1][:5].tolist()} were counted more than once; give other indices.")
+            raise ValueError(
+                f"Samples {values[counts > 1][:5].tolist()} were counted more than once; give other indices."
+            )
         is_new = ~torch.isin(index, counted)
         # the first of each index among the kept rows, in the order of ranks
         order = torch.argsort(index, stable=True)
@@ -137,7 +139,7 @@ class SampleMetric(Metric):
                 setattr(self, name, [self._empty(name), *getattr(self, name)])
         super()._sync_dist(*args, **kwargs)
 
-    def _apply(self, fn: Any, exclude_state: Sequence[str] = "") -> "SampleMetric":
+    def _apply(self, fn: Any, exclude_state: Sequence[str] = "") -> nn.Module:
         """Follow to another device, but never to another type."""
         device = fn(torch.empty(0, device=self.device)).device
         return super()._apply(lambda tensor: tensor.to(device), exclude_state)

@@ -47,6 +47,11 @@ if __name__ == "__main__":
     folder, rank = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = {"2d": normalise(rank, 2), "3d": normalise(rank, 3), "quantizer": quantise(rank), "metrics": measure_rank(rank)}
+    results = {
+        "2d": normalise(rank, 2),
+        "3d": normalise(rank, 3),
+        "quantizer": quantise(rank),
+        "metrics": measure_rank(rank),
+    }
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()

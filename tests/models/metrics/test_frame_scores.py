@@ -49,7 +49,7 @@ def test_ssim_is_the_mean_over_weighted_windows_of_grey_values() -> None:
     x, y = x[:1, :, :1], y[:1, :, :1]
     weights = torch.tensor([0.2125, 0.7154, 0.0721], dtype=torch.float64)
     assert float(weights.sum()) == pytest.approx(1)
-    bell = torch.exp(-torch.arange(-5, 6, dtype=torch.float64) ** 2 / (2 * 1.5**2))
+    bell = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
     window = torch.outer(bell, bell) / bell.sum() ** 2
     a, b = (torch.einsum("chw,c->hw", (z[0, :, 0].double() + 1) / 2, weights) for z in (x, y))
     values = []

@@ -66,7 +66,7 @@ def test_counts_are_the_published_ones() -> None:
     with torch.device("meta"):
         network = I3D()
     kinds = [type(module) for module in network.modules()]
-    assert (kinds.count(nn.Conv3d), kinds.count(nn.BatchNorm3d), kinds.count(MaxPool), kinds.count(Mixed)) == (58, 57, 13, 9)
+    assert [kinds.count(kind) for kind in (nn.Conv3d, nn.BatchNorm3d, MaxPool, Mixed)] == [58, 57, 13, 9]
     assert sum(parameter.numel() for parameter in network.parameters()) == 12_697_264
     assert sum(buffer.numel() for buffer in network.buffers() if buffer.ndim) == 14_560
     assert len([name for name in network.state_dict() if "num_batches" not in name]) == 287
@@ -81,7 +81,8 @@ def test_padding_is_tensorflows(size: int, kernel: int, stride: int) -> None:
     outputs = math.ceil(size / stride)
     total = max(kernel - stride if size % stride == 0 else kernel - size % stride, 0)
     expected = [
-        sum(float(x[j]) for k in range(kernel) if 0 <= (j := i * stride - total // 2 + k) < size) for i in range(outputs)
+        sum(float(x[j]) for k in range(kernel) if 0 <= (j := i * stride - total // 2 + k) < size)
+        for i in range(outputs)
     ]
     for axis in range(3):
         kernels = [1, 1, 1]
@@ -318,7 +319,9 @@ def test_both_wrong_files_are_known_and_all_right_ones() -> None:
 
 def test_shard_id_is_that_of_the_values_written_in_the_order_of_their_names(tmp_path: Path) -> None:
     shard = tmp_path / "model.ckpt.data-00000-of-00001"
-    variables = {name: torch.randn(2, 3, generator=keyed_generator(i)) for i, name in enumerate(("b/w", "b/beta", "a/w"))}
+    variables = {
+        name: torch.randn(2, 3, generator=keyed_generator(i)) for i, name in enumerate(("b/w", "b/beta", "a/w"))
+    }
     shard.write_bytes(b"".join(variables[name].numpy().tobytes() for name in ("a/w", "b/beta", "b/w")))
     assert shard_id(variables) == digests(shard).git
 
@@ -378,7 +381,7 @@ def test_names_and_shapes_must_fit(tmp_path: Path) -> None:
         load_i3d(path, sha256=digest)
     del state["Mixed_3b.b0.bn.bias"]
     path, digest = broken(state | {"end_points.weight": torch.zeros(1)}, tmp_path)
-    with pytest.raises(ValueError, match="end_points.weight is unknown; no Mixed_3b.b0.bn.bias"):
+    with pytest.raises(ValueError, match=r"end_points\.weight is unknown; no Mixed_3b.b0.bn.bias"):
         load_i3d(path, sha256=digest)
 
 
@@ -402,7 +405,7 @@ def test_torchscript_with_foreign_objects_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("foreign/code/__torch__.py", b"")
         archive.writestr("foreign/data.pkl", b"cposix\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(ValueError, match="posix.system has no place among a network's parameters"):
+    with pytest.raises(ValueError, match=r"posix\.system has no place among a network's parameters"):
         read_tensors(path)
 
 

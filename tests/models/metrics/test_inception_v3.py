@@ -21,7 +21,9 @@ def state() -> dict[str, Tensor]:
     """Weights in the layout of the released file, which is torchvision's with 1,008 classes."""
     generator = keyed_generator(0)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in torchvision.models.inception_v3(**OPTIONS).state_dict().items()}
+        shapes = {
+            name: tensor.shape for name, tensor in torchvision.models.inception_v3(**OPTIONS).state_dict().items()
+        }
     state = {}
     for name, shape in shapes.items():
         if name.endswith(("running_var", "bn.weight")):
@@ -83,7 +85,9 @@ def test_released_file_makes_fid_and_the_score_of_images(file: Path, monkeypatch
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="sha256 6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"):
+    with pytest.raises(
+        FileNotFoundError, match="sha256 6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+    ):
         load_inception(tmp_path / "none.pth")
 
 
