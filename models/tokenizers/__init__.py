@@ -1,8 +1,9 @@
 """Tokenizers: between video and codes."""
 
 from models.tokenizers.discriminators import PatchDiscriminator
+from models.tokenizers.finite_scalar import FiniteScalarQuantizer
 from models.tokenizers.losses import LPIPS
-from models.tokenizers.quantizers import Encoded, VectorQuantizer
+from models.tokenizers.quantizers import Encoded, Quantizer, VectorQuantizer
 from models.tokenizers.time_agnostic import TimeAgnosticDecoder, TimeAgnosticEncoder
 from models.tokenizers.vqgan3d import VQGAN3D
 
@@ -10,7 +11,9 @@ __all__ = [
     "LPIPS",
     "VQGAN3D",
     "Encoded",
+    "FiniteScalarQuantizer",
     "PatchDiscriminator",
+    "Quantizer",
     "TimeAgnosticDecoder",
     "TimeAgnosticEncoder",
     "VectorQuantizer",

@@ -1,6 +1,7 @@
-"""From continuous latents to codes and back."""
+"""From an encoder's features to latents, and to codes where there are any; the codebook of VQ-VAE."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +22,63 @@ class Encoded:
 
     Args:
         latents: `[B, D, t, h, w]`, exactly what the tokenizer's `decode` takes.
-        codes: `[B, t, h, w]` int64 in `[0, K)`.
+        codes: `[B, t, h, w]` int64 in `[0, K)`; None from a tokenizer that does not quantise.
         losses: scalars to be added to the reconstruction loss, weighted already.
         statistics: scalars to be logged.
     """
 
     latents: Tensor
-    codes: Tensor
+    codes: Tensor | None
     losses: dict[str, Tensor]
     statistics: dict[str, Tensor]
 
 
-class VectorQuantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
+    """What stands between encoder and decoder.
+
+    Attributes:
+        dim: Channels D of the latents.
+        codebook_size: Number of codes K; None for a continuous one, which has none.
+    """
+
+    dim: int
+    codebook_size: int | None
+
+    @property
+    def in_dim(self) -> int:
+        """Channels that `forward` takes: those of the latents, unless a subclass says otherwise."""
+        return self.dim
+
+    @abstractmethod
+    def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Encoded:
+        """Quantise.
+
+        Args:
+            z: `[B, in_dim, t, h, w]`, any floating type; computed in float32 at least, also under autocast.
+            generator: for the random choices of training calls, equal on all ranks. None draws with a fixed key.
+
+        Returns:
+            Latents, codes, weighted loss terms and statistics. In training the statistics are those of all ranks.
+        """
+
+    def codes_to_latents(self, codes: Tensor) -> Tensor:
+        """Turn codes `[B, t, h, w]` into latents `[B, D, t, h, w]`.
+
+        Raises:
+            ValueError: if there are no codes.
+        """
+        raise ValueError(f"{type(self).__name__} is continuous: no codes stand for its latents.")
+
+    def latents_to_codes(self, latents: Tensor) -> Tensor:
+        """Turn latents `[B, D, t, h, w]`, or what lies closest to some, into codes `[B, t, h, w]`.
+
+        Raises:
+            ValueError: if there are no codes.
+        """
+        raise ValueError(f"{type(self).__name__} is continuous: its latents have no codes.")
+
+
+class VectorQuantizer(Quantizer):
     r"""Nearest codebook entry, the codebook being a moving average of the vectors that chose it.
 
     The codebook holds no parameters (VQ-VAE, appendix A.1). With $n_j$ vectors of sum $s_j$ at entry $j$ and decay $g$:
@@ -55,6 +101,7 @@ class VectorQuantizer(nn.Module):
             overwrites, not its averages.
     """
 
+    codebook_size: int
     embeddings: Tensor
     N: Tensor
     z_avg: Tensor
@@ -83,10 +130,10 @@ class VectorQuantizer(nn.Module):
         self._is_initialized: bool | None = None  # `initialized`, read from the device once
 
     def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Encoded:
-        """Quantise.
+        """Quantise `z` `[B, D, t, h, w]` to the nearest entries.
 
         Args:
-            z: `[B, D, t, h, w]`, any floating type; distances are computed in float32 at least, also under autocast.
+            z: any floating type; distances are computed in float32 at least, also under autocast.
             generator: draws the vectors that make or restart entries, on training calls; equal on all ranks. None draws
                 with a fixed key.
 
@@ -107,7 +154,7 @@ class VectorQuantizer(nn.Module):
                 counts = sum_over_ranks(counts)
                 self._update(vectors, codes, counts, generator)
             return Encoded(
-                latents=quantised + (z - z.detach()),  # straight-through: z - z is exactly 0, its gradient 1
+                latents=straight_through(z, quantised),
                 codes=grid,
                 losses={"commitment": self.commitment_weight * F.mse_loss(z, quantised)},
                 statistics=usage_statistics(counts),
@@ -116,6 +163,11 @@ class VectorQuantizer(nn.Module):
     def codes_to_latents(self, codes: Tensor) -> Tensor:
         """Look up codes `[B, t, h, w]` as latents `[B, D, t, h, w]`."""
         return rearrange(F.embedding(codes, self.embeddings), "b t h w d -> b d t h w")
+
+    def latents_to_codes(self, latents: Tensor) -> Tensor:
+        """Nearest entries of latents `[B, D, t, h, w]`, as codes `[B, t, h, w]`."""
+        codes = self._nearest(rearrange(latents, "b d t h w -> (b t h w) d"))
+        return codes.view(latents.shape[0], *latents.shape[2:])
 
     def _nearest(self, vectors: Tensor) -> Tensor:
         embeddings = self.embeddings.to(vectors.dtype)
@@ -171,6 +223,17 @@ class VectorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Name the size."""
         return f"codebook_size={self.codebook_size}, dim={self.dim}, restart_threshold={self.restart_threshold}"
+
+
+def straight_through(z: Tensor, quantised: Tensor) -> Tensor:
+    """Return `quantised`, with the gradient of the identity on `z`."""
+    return quantised.detach() + (z - z.detach())  # z - z is exactly 0, its gradient 1
+
+
+def batch_statistics(codes: Tensor, codebook_size: int, training: bool) -> dict[str, Tensor]:
+    """`usage_statistics` of a batch's codes; in training of all ranks' batches."""
+    counts = code_counts(codes, codebook_size).float()
+    return usage_statistics(sum_over_ranks(counts) if training else counts)
 
 
 def code_counts(codes: Tensor, codebook_size: int) -> Tensor:

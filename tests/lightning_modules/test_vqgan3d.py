@@ -249,14 +249,22 @@ def test_a_checkpoint_of_a_module_built_in_python_holds_plain_types(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of LightningCLI's calls to jsonargparse
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"class_path": "models.tokenizers.VectorQuantizer", "init_args": {"codebook_size": 8, "dim": 3}},
+        {"class_path": "models.tokenizers.FiniteScalarQuantizer", "init_args": {"levels": [4, 3]}},
+    ],
+    ids=lambda quantizer: quantizer["class_path"].rpartition(".")[2],
+)
 def test_a_module_built_from_yaml_is_rebuilt_from_its_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["longtake"])  # LightningCLI warns of arguments beside those it is given
     part = {"base_channels": 2, "downsample": [2, 2, 2]}
     tokenizer = {
         "encoder": {"class_path": "models.tokenizers.TimeAgnosticEncoder", "init_args": part | {"padding": "reflect"}},
-        "quantizer": {"class_path": "models.tokenizers.VectorQuantizer", "init_args": {"codebook_size": 8, "dim": 3}},
+        "quantizer": quantizer,
         "decoder": {"class_path": "models.tokenizers.TimeAgnosticDecoder", "init_args": part},
         "pixel_range": [0.0, 1.0],
     }
