@@ -38,12 +38,10 @@ class FiniteScalarQuantizer(Quantizer):
         self.dim = len(self.levels)
         self.codebook_size = math.prod(self.levels)
         strides = [math.prod(self.levels[:i]) for i in range(self.dim)]
-        self.register_buffer("num_levels", torch.tensor(self.levels), persistent=False)  # [D]
+        # the levels below the middle one, floating: latents take their type from it
         halves = [float(count // 2) for count in self.levels]
-        self.register_buffer(
-            "half_levels", torch.tensor(halves), persistent=False
-        )  # [D], floating: latents have its type
-        self.register_buffer("strides", torch.tensor(strides), persistent=False)  # [D]
+        for name, values in (("num_levels", self.levels), ("half_levels", halves), ("strides", strides)):
+            self.register_buffer(name, torch.tensor(values), persistent=False)  # [D]
 
     def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Encoded:
         """Quantise `z` `[B, D, t, h, w]`.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks.distributed import gather_rows, sum_over_ranks
+from models.blocks.distributed import gather_rows, sum_over_ranks, world_size
 from models.random import keyed_generator
 
 # Distances computed at once: 64 MiB of float32, whatever the codebook and the clip.
@@ -146,7 +146,7 @@ class VectorQuantizer(Quantizer):
             vectors = rearrange(z.detach(), "b d t h w -> (b t h w) d")  # [n, D]
             if self.training:
                 self._initialize_once(vectors, generator)
-            codes = self._nearest(vectors)  # [n]
+            codes = nearest_entries(vectors, self.embeddings)  # [n]
             grid = codes.view(z.shape[0], *z.shape[2:])  # [B, t, h, w]
             quantised = self.codes_to_latents(grid).to(z.dtype)  # [B, D, t, h, w], looked up before the update
             counts = code_counts(codes, self.codebook_size).to(z.dtype)  # [K]
@@ -166,15 +166,8 @@ class VectorQuantizer(Quantizer):
 
     def latents_to_codes(self, latents: Tensor) -> Tensor:
         """Nearest entries of latents `[B, D, t, h, w]`, as codes `[B, t, h, w]`."""
-        codes = self._nearest(rearrange(latents, "b d t h w -> (b t h w) d"))
+        codes = nearest_entries(rearrange(latents, "b d t h w -> (b t h w) d"), self.embeddings)
         return codes.view(latents.shape[0], *latents.shape[2:])
-
-    def _nearest(self, vectors: Tensor) -> Tensor:
-        embeddings = self.embeddings.to(vectors.dtype)
-        norms = embeddings.square().sum(1)  # [K]
-        chunks = vectors.split(max(1, _MAX_DISTANCES // self.codebook_size))
-        # |z - e|^2 without |z|^2, which does not depend on the code
-        return torch.cat([torch.addmm(norms, chunk, embeddings.T, alpha=-2).argmin(1) for chunk in chunks])
 
     @torch.no_grad()
     def _initialize_once(self, vectors: Tensor, generator: torch.Generator | None) -> None:
@@ -223,6 +216,34 @@ class VectorQuantizer(Quantizer):
     def extra_repr(self) -> str:
         """Name the size."""
         return f"codebook_size={self.codebook_size}, dim={self.dim}, restart_threshold={self.restart_threshold}"
+
+
+@torch.no_grad()
+def nearest_entries(vectors: Tensor, embeddings: Tensor) -> Tensor:
+    """For each vector `[n, D]` the nearest row of `embeddings` `[K, D]`, `[n]` int64; the first of equals."""
+    embeddings = embeddings.to(vectors.dtype)
+    norms = embeddings.square().sum(1)  # [K]
+    chunks = vectors.split(max(1, _MAX_DISTANCES // len(embeddings)))
+    # |z - e|^2 without |z|^2, which does not depend on the code
+    return torch.cat([torch.addmm(norms, chunk, embeddings.T, alpha=-2).argmin(1) for chunk in chunks])
+
+
+def entropy_of_mean(probabilities: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Entropy in nats of the distribution that results from averaging over the ranks.
+
+    Every rank's entropy of its own would reward that each uses all codes. The average is differentiable.
+
+    Args:
+        probabilities: `[..., K]`, this rank's mean; all ranks have batches of one size.
+        epsilon: added within the logarithm. MAGVIT's 1e-5 lowers the entropy visibly once K is beyond 2^14: it cannot
+            exceed 11.5.
+
+    Returns:
+        `[...]`.
+    """
+    mean = sum_over_ranks(probabilities) / world_size()
+    tiny = torch.finfo(mean.dtype).tiny  # p log p is 0 at 0, but its gradient is not finite
+    return -(mean * (mean + epsilon).clamp(min=tiny).log()).sum(-1)
 
 
 def straight_through(z: Tensor, quantised: Tensor) -> Tensor:
