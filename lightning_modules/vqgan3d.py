@@ -71,6 +71,7 @@ class VQGAN3DModule(LightningModule):
         seed: Keys the random frames and the codebook's restarts.
     """
 
+    not_averaged = ("image_discriminator", "video_discriminator")  # by averages of the weights: only training has them
     perceptual: LPIPS | TimmPerceptual | None
 
     def __init__(
