@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
 import lightning_modules  # noqa: F401
-from callbacks import EMA, SampleLogger, ShortToLongCurriculum, Throughput
+from callbacks import EMA, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
 from callbacks.sample_writer import SampleWriter
 from datamodules.tokens import TokenDataModule, write_codes
 from datamodules.video import VideoDataModule
@@ -329,6 +329,7 @@ class LongtakeCLI(LightningCLI):
         parser.add_argument("--run_version", type=str | None, default=None, help="null takes the next free version_<n>")
         parser.add_lightning_class_args(ShortToLongCurriculum, "curriculum")
         parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(TokenizerHealth, "health")
         parser.add_lightning_class_args(SampleLogger, "samples")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
