@@ -108,7 +108,7 @@ class VideoGenerator(LightningModule):
         self.load_tokenizer()
 
     def _placed_tokenizer(self) -> VQGAN3D:
-        if self.tokenizer.quantizer.embeddings.device != self.device:
+        if next(self.tokenizer.parameters()).device != self.device:
             self.tokenizer.to(self.device)
         return self.tokenizer
 
@@ -136,7 +136,9 @@ class VideoGenerator(LightningModule):
         In float32 whatever the training's precision: the nearest code is another one under autocast, for some tokens.
         """
         with torch.autocast(self.device.type, enabled=False):
-            return self._placed_tokenizer().encode(video.float()).codes
+            codes = self._placed_tokenizer().encode(video.float()).codes
+        assert codes is not None  # `load_tokenizer` compared the number of codes
+        return codes
 
     @torch.no_grad()
     def window_codes(self, batch: dict[str, Any]) -> tuple[Tensor, int]:

@@ -257,8 +257,8 @@ class VQGAN3DModule(LightningModule):
     # Validation
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to count codes."""
-        self._code_counts = torch.zeros(self.tokenizer.codebook_size, dtype=torch.int64, device=self.device)
+        """Begin to count codes, if there are any."""
+        self._code_counts = torch.zeros(self.tokenizer.codebook_size or 0, dtype=torch.int64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log losses without discriminators, and the PSNR of the clamped reconstruction in [-1, 1]."""
@@ -269,12 +269,15 @@ class VQGAN3DModule(LightningModule):
         terms = self.generator_losses(pixels, reconstruction, encoded, middle, adversarial=False)
         errors = (self.tokenizer.from_native(reconstruction).clamp(-1, 1) - video).square().flatten(1).mean(1)  # [B]
         psnr = 10 * torch.log10(4 / errors.clamp(min=1e-10))  # peak 2, clips that are equal count as 106 dB
-        self._code_counts += code_counts(encoded.codes, self.tokenizer.codebook_size)
+        if encoded.codes is not None:
+            self._code_counts += code_counts(encoded.codes, len(self._code_counts))
         logged = {"loss": self.generator_loss(terms), **terms, "psnr": psnr.mean()}
         self.log_dict({f"val/{name}": value for name, value in logged.items()}, sync_dist=True, batch_size=len(video))
 
     def on_validation_epoch_end(self) -> None:
         """Log perplexity and usage of the codebook over the whole validation set."""
+        if self.tokenizer.codebook_size is None:
+            return
         statistics = usage_statistics(sum_over_ranks(self._code_counts))
         self.log_dict({f"val/{name}": value for name, value in statistics.items()}, sync_dist=True)
 

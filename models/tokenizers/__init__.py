@@ -1,16 +1,26 @@
 """Tokenizers: between video and codes."""
 
+from models.tokenizers.continuous import ContinuousLatents, GaussianLatents
 from models.tokenizers.discriminators import PatchDiscriminator
+from models.tokenizers.finite_scalar import FiniteScalarQuantizer
+from models.tokenizers.gradient_vq import GradientVectorQuantizer
+from models.tokenizers.lookup_free import LookupFreeQuantizer
 from models.tokenizers.losses import LPIPS
-from models.tokenizers.quantizers import Encoded, VectorQuantizer
+from models.tokenizers.quantizers import Encoded, Quantizer, VectorQuantizer
 from models.tokenizers.time_agnostic import TimeAgnosticDecoder, TimeAgnosticEncoder
 from models.tokenizers.vqgan3d import VQGAN3D
 
 __all__ = [
     "LPIPS",
     "VQGAN3D",
+    "ContinuousLatents",
     "Encoded",
+    "FiniteScalarQuantizer",
+    "GaussianLatents",
+    "GradientVectorQuantizer",
+    "LookupFreeQuantizer",
     "PatchDiscriminator",
+    "Quantizer",
     "TimeAgnosticDecoder",
     "TimeAgnosticEncoder",
     "VectorQuantizer",

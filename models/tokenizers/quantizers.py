@@ -1,6 +1,7 @@
-"""From continuous latents to codes and back."""
+"""From an encoder's features to latents, and to codes where there are any; the codebook of VQ-VAE."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks.distributed import gather_rows, sum_over_ranks
+from models.blocks.distributed import gather_rows, sum_over_ranks, world_size
 from models.random import keyed_generator
 
 # Distances computed at once: 64 MiB of float32, whatever the codebook and the clip.
@@ -21,18 +22,63 @@ class Encoded:
 
     Args:
         latents: `[B, D, t, h, w]`, exactly what the tokenizer's `decode` takes.
-        codes: `[B, t, h, w]` int64 in `[0, K)`.
+        codes: `[B, t, h, w]` int64 in `[0, K)`; None from a tokenizer that does not quantise.
         losses: scalars to be added to the reconstruction loss, weighted already.
         statistics: scalars to be logged.
     """
 
     latents: Tensor
-    codes: Tensor
+    codes: Tensor | None
     losses: dict[str, Tensor]
     statistics: dict[str, Tensor]
 
 
-class VectorQuantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
+    """What stands between encoder and decoder.
+
+    Attributes:
+        dim: Channels D of the latents.
+        codebook_size: Number of codes K; None for a continuous one, which has none.
+    """
+
+    dim: int
+    codebook_size: int | None
+
+    @property
+    def in_dim(self) -> int:
+        """Channels that `forward` takes: those of the latents, unless a subclass says otherwise."""
+        return self.dim
+
+    @abstractmethod
+    def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Encoded:
+        """Quantise.
+
+        Args:
+            z: `[B, in_dim, t, h, w]`, any floating type; computed in float32 at least, also under autocast.
+            generator: for the random choices of training calls, equal on all ranks. None draws with a fixed key.
+
+        Returns:
+            Latents, codes, weighted loss terms and statistics. In training the statistics are those of all ranks.
+        """
+
+    def codes_to_latents(self, codes: Tensor) -> Tensor:
+        """Turn codes `[B, t, h, w]` into latents `[B, D, t, h, w]`.
+
+        Raises:
+            ValueError: if there are no codes.
+        """
+        raise ValueError(f"{type(self).__name__} is continuous: no codes stand for its latents.")
+
+    def latents_to_codes(self, latents: Tensor) -> Tensor:
+        """Turn latents `[B, D, t, h, w]`, or what lies closest to some, into codes `[B, t, h, w]`.
+
+        Raises:
+            ValueError: if there are no codes.
+        """
+        raise ValueError(f"{type(self).__name__} is continuous: its latents have no codes.")
+
+
+class VectorQuantizer(Quantizer):
     r"""Nearest codebook entry, the codebook being a moving average of the vectors that chose it.
 
     The codebook holds no parameters (VQ-VAE, appendix A.1). With $n_j$ vectors of sum $s_j$ at entry $j$ and decay $g$:
@@ -55,6 +101,7 @@ class VectorQuantizer(nn.Module):
             overwrites, not its averages.
     """
 
+    codebook_size: int
     embeddings: Tensor
     N: Tensor
     z_avg: Tensor
@@ -83,10 +130,10 @@ class VectorQuantizer(nn.Module):
         self._is_initialized: bool | None = None  # `initialized`, read from the device once
 
     def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Encoded:
-        """Quantise.
+        """Quantise `z` `[B, D, t, h, w]` to the nearest entries.
 
         Args:
-            z: `[B, D, t, h, w]`, any floating type; distances are computed in float32 at least, also under autocast.
+            z: any floating type; distances are computed in float32 at least, also under autocast.
             generator: draws the vectors that make or restart entries, on training calls; equal on all ranks. None draws
                 with a fixed key.
 
@@ -99,7 +146,7 @@ class VectorQuantizer(nn.Module):
             vectors = rearrange(z.detach(), "b d t h w -> (b t h w) d")  # [n, D]
             if self.training:
                 self._initialize_once(vectors, generator)
-            codes = self._nearest(vectors)  # [n]
+            codes = nearest_entries(vectors, self.embeddings)  # [n]
             grid = codes.view(z.shape[0], *z.shape[2:])  # [B, t, h, w]
             quantised = self.codes_to_latents(grid).to(z.dtype)  # [B, D, t, h, w], looked up before the update
             counts = code_counts(codes, self.codebook_size).to(z.dtype)  # [K]
@@ -107,7 +154,7 @@ class VectorQuantizer(nn.Module):
                 counts = sum_over_ranks(counts)
                 self._update(vectors, codes, counts, generator)
             return Encoded(
-                latents=quantised + (z - z.detach()),  # straight-through: z - z is exactly 0, its gradient 1
+                latents=straight_through(z, quantised),
                 codes=grid,
                 losses={"commitment": self.commitment_weight * F.mse_loss(z, quantised)},
                 statistics=usage_statistics(counts),
@@ -117,12 +164,10 @@ class VectorQuantizer(nn.Module):
         """Look up codes `[B, t, h, w]` as latents `[B, D, t, h, w]`."""
         return rearrange(F.embedding(codes, self.embeddings), "b t h w d -> b d t h w")
 
-    def _nearest(self, vectors: Tensor) -> Tensor:
-        embeddings = self.embeddings.to(vectors.dtype)
-        norms = embeddings.square().sum(1)  # [K]
-        chunks = vectors.split(max(1, _MAX_DISTANCES // self.codebook_size))
-        # |z - e|^2 without |z|^2, which does not depend on the code
-        return torch.cat([torch.addmm(norms, chunk, embeddings.T, alpha=-2).argmin(1) for chunk in chunks])
+    def latents_to_codes(self, latents: Tensor) -> Tensor:
+        """Nearest entries of latents `[B, D, t, h, w]`, as codes `[B, t, h, w]`."""
+        codes = nearest_entries(rearrange(latents, "b d t h w -> (b t h w) d"), self.embeddings)
+        return codes.view(latents.shape[0], *latents.shape[2:])
 
     @torch.no_grad()
     def _initialize_once(self, vectors: Tensor, generator: torch.Generator | None) -> None:
@@ -171,6 +216,45 @@ class VectorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Name the size."""
         return f"codebook_size={self.codebook_size}, dim={self.dim}, restart_threshold={self.restart_threshold}"
+
+
+@torch.no_grad()
+def nearest_entries(vectors: Tensor, embeddings: Tensor) -> Tensor:
+    """For each vector `[n, D]` the nearest row of `embeddings` `[K, D]`, `[n]` int64; the first of equals."""
+    embeddings = embeddings.to(vectors.dtype)
+    norms = embeddings.square().sum(1)  # [K]
+    chunks = vectors.split(max(1, _MAX_DISTANCES // len(embeddings)))
+    # |z - e|^2 without |z|^2, which does not depend on the code
+    return torch.cat([torch.addmm(norms, chunk, embeddings.T, alpha=-2).argmin(1) for chunk in chunks])
+
+
+def entropy_of_mean(probabilities: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Entropy in nats of the distribution that results from averaging over the ranks.
+
+    Every rank's entropy of its own would reward that each uses all codes. The average is differentiable.
+
+    Args:
+        probabilities: `[..., K]`, this rank's mean; all ranks have batches of one size.
+        epsilon: added within the logarithm. MAGVIT's 1e-5 lowers the entropy visibly once K is beyond 2^14: it cannot
+            exceed 11.5.
+
+    Returns:
+        `[...]`.
+    """
+    mean = sum_over_ranks(probabilities) / world_size()
+    tiny = torch.finfo(mean.dtype).tiny  # p log p is 0 at 0, but its gradient is not finite
+    return -(mean * (mean + epsilon).clamp(min=tiny).log()).sum(-1)
+
+
+def straight_through(z: Tensor, quantised: Tensor) -> Tensor:
+    """Return `quantised`, with the gradient of the identity on `z`."""
+    return quantised.detach() + (z - z.detach())  # z - z is exactly 0, its gradient 1
+
+
+def batch_statistics(codes: Tensor, codebook_size: int, training: bool) -> dict[str, Tensor]:
+    """`usage_statistics` of a batch's codes; in training of all ranks' batches."""
+    counts = code_counts(codes, codebook_size).float()
+    return usage_statistics(sum_over_ranks(counts) if training else counts)
 
 
 def code_counts(codes: Tensor, codebook_size: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks.conv import SamePadConv3d
-from models.tokenizers.quantizers import Encoded, VectorQuantizer
+from models.tokenizers.quantizers import Encoded, Quantizer
 from models.tokenizers.time_agnostic import TimeAgnosticDecoder, TimeAgnosticEncoder
 
 
@@ -16,7 +16,7 @@ class VQGAN3D(nn.Module):
 
     Args:
         encoder: Video to features.
-        quantizer: Features to codes.
+        quantizer: Features to latents, and to codes unless it is continuous.
         decoder: Features to video; has the encoder's downsample factors.
         pixel_range: Native values of black and white; [-0.5, 0.5] for TATS.
     """
@@ -24,7 +24,7 @@ class VQGAN3D(nn.Module):
     def __init__(
         self,
         encoder: TimeAgnosticEncoder,
-        quantizer: VectorQuantizer,
+        quantizer: Quantizer,
         decoder: TimeAgnosticDecoder,
         pixel_range: tuple[float, float] = (-0.5, 0.5),
     ) -> None:
@@ -32,7 +32,7 @@ class VQGAN3D(nn.Module):
         if encoder.downsample != decoder.downsample:
             raise ValueError(f"encoder.downsample={encoder.downsample}, but decoder.downsample={decoder.downsample}")
         self.encoder = encoder
-        self.pre_vq_conv = SamePadConv3d(encoder.out_channels, quantizer.dim, kernel_size=1)
+        self.pre_vq_conv = SamePadConv3d(encoder.out_channels, quantizer.in_dim, kernel_size=1)
         self.quantizer = quantizer
         self.post_vq_conv = SamePadConv3d(quantizer.dim, decoder.in_channels, kernel_size=1)
         self.decoder = decoder
@@ -45,8 +45,8 @@ class VQGAN3D(nn.Module):
         return self.encoder.downsample
 
     @property
-    def codebook_size(self) -> int:
-        """Number of codes."""
+    def codebook_size(self) -> int | None:
+        """Number of codes; None if the latents are continuous."""
         return self.quantizer.codebook_size
 
     def forward(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Encoded]:
@@ -70,7 +70,7 @@ class VQGAN3D(nn.Module):
             generator: for the quantizer's random choices in training; equal on all ranks.
 
         Returns:
-            Latents `[B, D, t, h, w]`, codes `[B, t, h, w]`, weighted loss terms and statistics.
+            Latents `[B, D, t, h, w]`, codes `[B, t, h, w]` if there are any, weighted loss terms and statistics.
 
         Raises:
             ValueError: if the clip's size does not fit; the message names the nearest sizes that do.
@@ -88,8 +88,12 @@ class VQGAN3D(nn.Module):
         return self.decoder(self.post_vq_conv(latents))
 
     def codes_to_latents(self, codes: Tensor) -> Tensor:
-        """Look up codes `[B, t, h, w]` as latents `[B, D, t, h, w]`."""
+        """Look up codes `[B, t, h, w]` as latents `[B, D, t, h, w]`; ValueError if there are no codes."""
         return self.quantizer.codes_to_latents(codes)
+
+    def latents_to_codes(self, latents: Tensor) -> Tensor:
+        """Codes `[B, t, h, w]` of latents `[B, D, t, h, w]`; ValueError if there are no codes."""
+        return self.quantizer.latents_to_codes(latents)
 
     def to_native(self, video: Tensor) -> Tensor:
         """Map [-1, 1] to the native range."""

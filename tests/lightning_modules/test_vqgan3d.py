@@ -19,7 +19,17 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.vqgan3d import VQGAN3DModule
 from models.random import keyed_generator
-from models.tokenizers import LPIPS, VQGAN3D, TimeAgnosticDecoder, TimeAgnosticEncoder, VectorQuantizer
+from models.tokenizers import (
+    LPIPS,
+    VQGAN3D,
+    ContinuousLatents,
+    FiniteScalarQuantizer,
+    GaussianLatents,
+    Quantizer,
+    TimeAgnosticDecoder,
+    TimeAgnosticEncoder,
+    VectorQuantizer,
+)
 
 pytestmark = [
     # Lightning 2.6.6 asks of its pytrees what torch 2.15 deprecates
@@ -30,11 +40,11 @@ pytestmark = [
 ]
 
 
-def toy_tokenizer(**quantizer: Any) -> VQGAN3D:
+def toy_tokenizer(quantizer: Quantizer | None = None, **options: Any) -> VQGAN3D:
     torch.manual_seed(0)
     return VQGAN3D(
         TimeAgnosticEncoder(base_channels=2, downsample=(2, 2, 2)),
-        VectorQuantizer(8, 3, **quantizer),
+        quantizer or VectorQuantizer(8, 3, **options),
         TimeAgnosticDecoder(base_channels=2, downsample=(2, 2, 2)),
     )
 
@@ -249,14 +259,26 @@ def test_a_checkpoint_of_a_module_built_in_python_holds_plain_types(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of LightningCLI's calls to jsonargparse
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"class_path": "models.tokenizers.VectorQuantizer", "init_args": {"codebook_size": 8, "dim": 3}},
+        {"class_path": "models.tokenizers.FiniteScalarQuantizer", "init_args": {"levels": [4, 3]}},
+        {"class_path": "models.tokenizers.LookupFreeQuantizer", "init_args": {"num_bits": 3}},
+        {"class_path": "models.tokenizers.GradientVectorQuantizer", "init_args": {"codebook_size": 8, "dim": 3}},
+        {"class_path": "models.tokenizers.ContinuousLatents", "init_args": {"dim": 3}},
+        {"class_path": "models.tokenizers.GaussianLatents", "init_args": {"dim": 3}},
+    ],
+    ids=lambda quantizer: quantizer["class_path"].rpartition(".")[2],
+)
 def test_a_module_built_from_yaml_is_rebuilt_from_its_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["longtake"])  # LightningCLI warns of arguments beside those it is given
     part = {"base_channels": 2, "downsample": [2, 2, 2]}
     tokenizer = {
         "encoder": {"class_path": "models.tokenizers.TimeAgnosticEncoder", "init_args": part | {"padding": "reflect"}},
-        "quantizer": {"class_path": "models.tokenizers.VectorQuantizer", "init_args": {"codebook_size": 8, "dim": 3}},
+        "quantizer": quantizer,
         "decoder": {"class_path": "models.tokenizers.TimeAgnosticDecoder", "init_args": part},
         "pixel_range": [0.0, 1.0],
     }
@@ -309,6 +331,26 @@ def test_validation_measures_the_reconstruction_in_the_house_range() -> None:
     probabilities = torch.bincount(torch.cat(codes).flatten(), minlength=8) / torch.cat(codes).numel()
     entropy = -sum(p * p.log() for p in probabilities if p > 0)
     assert metrics["val/perplexity"].item() == pytest.approx(entropy.exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "losses", "statistics"),
+    [
+        (FiniteScalarQuantizer((4, 3)), set(), {"perplexity", "usage"}),
+        (ContinuousLatents(3), set(), {"latent_std"}),
+        (GaussianLatents(3), {"kl"}, {"latent_std"}),
+    ],
+)
+def test_every_kind_of_latents_trains_and_validates(
+    quantizer: Quantizer, losses: set[str], statistics: set[str]
+) -> None:
+    module = toy_module(toy_tokenizer(quantizer), image_gan_weight=0.0, video_gan_weight=0.0)
+    logged = fit(module, 2).logged[-1]
+    assert logged.keys() == {f"train/{name}" for name in {"loss", "l1"} | losses | statistics}
+    run = trainer(1)
+    run.validate(module, loader(2), verbose=False)
+    counted = statistics & {"perplexity", "usage"}
+    assert run.callback_metrics.keys() == {f"val/{name}" for name in {"loss", "l1", "psnr"} | losses | counted}
 
 
 def test_a_curriculum_batch_trains_on_the_video_it_holds() -> None:

@@ -1,4 +1,4 @@
-"""What two processes compute for the tests of batch norm and of the quantizer; run once for both.
+"""What two processes compute for the tests of batch norm and of the quantizers; run once for all.
 
 Each process saves its inputs and results; the tests compare with one process on the concatenated batch.
 """
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from models.blocks.norm import SyncBatchNorm
 from models.random import keyed_generator
-from models.tokenizers.quantizers import VectorQuantizer
+from models.tokenizers import GaussianLatents, GradientVectorQuantizer, LookupFreeQuantizer, VectorQuantizer
 
 
 def normalise(rank: int, axes: int) -> dict[str, torch.Tensor]:
@@ -42,10 +42,41 @@ def quantise(rank: int) -> dict[str, torch.Tensor]:
     return {"batches": batches, "perplexities": torch.stack(perplexities), **quantizer.state_dict()}
 
 
+def look_up_free(rank: int) -> dict[str, torch.Tensor]:
+    quantizer = LookupFreeQuantizer(5, temperature=1.0)
+    z = torch.randn(2, 5, 2, 2, 2, generator=keyed_generator(rank, 10), dtype=torch.float64).requires_grad_()
+    encoded = quantizer(z)
+    logits = 4 * z
+    of_each = (torch.nn.functional.softplus(logits) - logits * logits.sigmoid()).sum(1).mean()
+    (gradient,) = torch.autograd.grad(encoded.losses["entropy"] - 0.1 * of_each, z)
+    return {"z": z.detach(), "gradient_of_all": gradient, **encoded.statistics}
+
+
+def quantise_by_gradient(rank: int) -> dict[str, torch.Tensor]:
+    quantizer = GradientVectorQuantizer(6, 3, temperature=0.5, entropy_weight=1.0).double()
+    quantizer.embeddings.data = torch.randn(6, 3, generator=keyed_generator(5), dtype=torch.float64)
+    z = torch.randn(2, 3, 2, 2, 3, generator=keyed_generator(rank, 11), dtype=torch.float64)
+    encoded = quantizer(z)
+    (gradient,) = torch.autograd.grad(encoded.losses["entropy"], quantizer.embeddings)
+    return {"z": z, "gradient": gradient, **encoded.statistics}
+
+
+def draw_gaussian(rank: int) -> dict[str, torch.Tensor]:
+    z = torch.randn(2, 4, 2, 2, 2, generator=keyed_generator(rank, 12))
+    return {"z": z, "latents": GaussianLatents(2)(z, keyed_generator(3)).latents}
+
+
 if __name__ == "__main__":
     folder, rank = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = {"2d": normalise(rank, 2), "3d": normalise(rank, 3), "quantizer": quantise(rank)}
+    results = {
+        "2d": normalise(rank, 2),
+        "3d": normalise(rank, 3),
+        "quantizer": quantise(rank),
+        "lookup_free": look_up_free(rank),
+        "gradient_vq": quantise_by_gradient(rank),
+        "gaussian": draw_gaussian(rank),
+    }
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
