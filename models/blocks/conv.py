@@ -54,7 +54,8 @@ class Stream:
 
     def keep(self, layer: nn.Module, x: Tensor) -> None:
         """Keep `x` for the layer's next piece."""
-        self._kept[layer] = x.clone()  # a view would keep the whole piece alive
+        if x.shape[2]:
+            self._kept[layer] = x.clone()  # a view would keep the whole piece alive
 
     def delay(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor:
         """Pass so many of the oldest frames on, so that a shorter way waits for a longer one; keep the others."""
@@ -130,7 +131,8 @@ class _SamePadLayer(nn.Module):
             x = _pad(x, ((0, 0), *self.space_pads), self.padding, self.fill, self.time_placement)
         x = stream.join(self, x)
         begins = not stream.has_begun(self)
-        if begins and x.shape[2] <= before and not stream.is_last:  # a reflection needs more
+        needed = before if self.padding == "reflect" and self.time_placement == "same" else 0
+        if begins and x.shape[2] <= needed and not stream.is_last:
             stream.keep(self, x)
             return x[:, :, :0]
         stream.begin(self)
@@ -194,7 +196,9 @@ class SamePadConv3d(_SamePadLayer):
         if stream.has_begun(self):
             stream.keep(self, joined[:, :, frames * stride :])
         if frames == 0:
-            return x.new_zeros(len(x), self.conv.out_channels, 0, x.shape[3] // self.stride[1], x.shape[4] // self.stride[2])
+            return x.new_zeros(
+                len(x), self.conv.out_channels, 0, x.shape[3] // self.stride[1], x.shape[4] // self.stride[2]
+            )
         return self.conv(joined[:, :, : (frames - 1) * stride + kernel])
 
 
@@ -263,7 +267,9 @@ class SamePadConvTranspose3d(_SamePadLayer):
         if stream.has_begun(self):
             stream.keep(self, joined[:, :, joined.shape[2] - overlap :])
         if stop <= first:
-            return x.new_zeros(len(x), self.convt.out_channels, 0, x.shape[3] * self.stride[1], x.shape[4] * self.stride[2])
+            return x.new_zeros(
+                len(x), self.convt.out_channels, 0, x.shape[3] * self.stride[1], x.shape[4] * self.stride[2]
+            )
         return self.convt(joined)[:, :, first:stop]
 
 

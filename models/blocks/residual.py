@@ -43,7 +43,7 @@ class ResBlock(nn.Module):
         elif h.shape[2] < x.shape[2]:  # `real` padding: the frames whose neighbours are there
             first = self.conv1.time_pads[0] + self.conv2.time_pads[0]
             x = x[:, :, first : first + h.shape[2]]
-        return h + (x if self.shortcut is None else self.shortcut(x))
+        return h + (x if self.shortcut is None else self.shortcut(x, stream))
 
 
 class ResStack(nn.ModuleList):
@@ -57,7 +57,9 @@ class ResStack(nn.ModuleList):
         norm: Callable[[int], nn.Module],
         conv: Callable[..., SamePadConv3d],
     ) -> None:
-        super().__init__(ResBlock(in_channels if i == 0 else out_channels, out_channels, norm, conv) for i in range(depth))
+        super().__init__(
+            ResBlock(in_channels if i == 0 else out_channels, out_channels, norm, conv) for i in range(depth)
+        )
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """`[B, C_in, T, H, W]` to `[B, C_out, T, H, W]`."""

@@ -119,7 +119,7 @@ class VideoDecoder(VideoNetwork):
 
     Attributes:
         in_channels: Channels of its input.
-        takes_latents: Whether its input is the quantizer's latents; if not, a convolution of kernel 1 makes it from them.
+        takes_latents: Whether its input is the latents, and not what a convolution of kernel 1 makes of them.
     """
 
     in_channels: int
@@ -131,7 +131,8 @@ class VideoDecoder(VideoNetwork):
 
     def margin_latents(self) -> tuple[int, int]:
         """Latents before and after a latent that its frames see as well."""
-        first, last = self.inputs_of(1 - self.downsample[0], 0) if self.is_causal else self.inputs_of(0, self.downsample[0] - 1)
+        later = self.downsample[0] - 1
+        first, last = self.inputs_of(-later, 0) if self.is_causal else self.inputs_of(0, later)
         return -first, last
 
     def frames_of(self, latents: int) -> int:
