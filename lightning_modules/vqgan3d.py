@@ -1,20 +1,24 @@
-"""Training of the 3D-VQGAN tokenizer as in TATS, appendix and released code."""
+"""Training of the 3D-VQGAN tokenizer: as in TATS, appendix and released code, and with what MAGVIT does otherwise."""
 
 import logging
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.blocks.distributed import sum_over_ranks
+from models.blocks.distributed import sum_over_ranks, world_size
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
 from models.tokenizers.discriminators import PatchDiscriminator
-from models.tokenizers.losses import LPIPS, GANLoss, discriminator_loss, generator_terms, pick_frames
+from models.tokenizers.losses import LPIPS, GANLoss, LeCam, discriminator_terms, generator_terms, pick_frames
 from models.tokenizers.quantizers import Encoded, code_counts, usage_statistics
+from models.tokenizers.timm_perceptual import TimmPerceptual
 from models.tokenizers.vqgan3d import VQGAN3D
 
 logger = logging.getLogger(__name__)
@@ -34,14 +38,27 @@ class VQGAN3DModule(LightningModule):
         tokenizer: Encoder, quantizer and decoder.
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error; TATS has none. It learns small bright things much sooner.
-        perceptual_weight: Weight of LPIPS on one random frame a clip; 0 does without its weights.
+        perceptual_weight: Weight of the perceptual distance; 0 does without its weights.
+        perceptual_frames: `random` compares one frame of each clip, as TATS, `all` each frame, as MAGVIT.
+        perceptual_network: `lpips`, or the name of a timm model whose logits are compared: `resnet50` in MAGVIT.
         image_gan_weight: Weight of the frame discriminator; 0 does not build it.
         video_gan_weight: Weight of the clip discriminator; 0 does not build it.
+        adversarial_weight: Weight of what the discriminators tell the tokenizer, besides their own: 0.1 in MAGVIT.
+        adaptive_weight: Multiply that by VQGAN's ratio of the gradients that the reconstruction and the discriminators
+            send to the decoder's last weight.
         feature_matching_weight: Weight of the distances between the discriminators' hidden maps.
-        gan_loss: `hinge` as released, or `vanilla`, the logarithmic form of the paper.
+        gan_loss: `hinge` as TATS released it, `vanilla` with the logarithms of its paper, or MAGVIT's `non_saturating`.
+        r1_weight: Weight of the squared gradient of the discriminators on real clips: 10 in MAGVIT. For discriminators
+            without batch norm.
+        lecam_weight: Weight of LeCam's regularisation of the discriminators: 0.001 in MAGVIT.
         discriminator_start_step: Steps of the generator before the discriminators begin; they are not run until then.
-        discriminator_channels: Channels of the discriminators' first map.
-        discriminator_layers: Number of halving convolutions in the discriminators.
+        discriminator_warmup_steps: Steps in which their weight in the tokenizer's loss then grows from 0.
+        image_discriminator: Gives logits and hidden maps of frames; null takes the patch discriminator of TATS.
+        video_discriminator: The same of clips.
+        discriminator_channels: Channels of the patch discriminators' first map.
+        discriminator_layers: Number of halving convolutions in the patch discriminators.
+        entropy_boost: How much more the quantizer's entropy loss weighs at first, times its weight: 3 in MAGVIT-v2.
+        entropy_boost_steps: Steps in which that goes to 0.
         lr: Learning rate of both Adam optimizers, as given. TATS: 3e-5 * accumulate * (GPUs / 8) * (batch / 4) = 9e-5.
         betas: Betas of both Adam optimizers.
         warmup_steps: Steps of linear warm-up of both learning rates.
@@ -49,12 +66,12 @@ class VQGAN3DModule(LightningModule):
         gradient_clip_norm: Largest norm of the gradients, for each optimizer by itself; 0 does not clip.
         accumulate_grad_batches: Batches a step. (The Trainer's flags for clipping and accumulation do not reach two
             optimizers.)
-        perceptual_weights: Folder with vgg16-397923af.pth (torchvision) and vgg.pth (LPIPS 0.1). Without them the
-            perceptual loss is off, and a warning says so.
+        perceptual_weights: Folder with vgg16-397923af.pth (torchvision) and vgg.pth (LPIPS 0.1), or the file with the
+            weights of the timm model. Without them the perceptual loss is off, and a warning says so.
         seed: Keys the random frames and the codebook's restarts.
     """
 
-    perceptual: LPIPS | None
+    perceptual: LPIPS | TimmPerceptual | None
 
     def __init__(
         self,
@@ -62,13 +79,24 @@ class VQGAN3DModule(LightningModule):
         l1_weight: float = 4.0,
         l2_weight: float = 0.0,
         perceptual_weight: float = 4.0,
+        perceptual_frames: Literal["random", "all"] = "random",
+        perceptual_network: str = "lpips",
         image_gan_weight: float = 1.0,
         video_gan_weight: float = 1.0,
+        adversarial_weight: float = 1.0,
+        adaptive_weight: bool = False,
         feature_matching_weight: float = 4.0,
         gan_loss: GANLoss = "hinge",
+        r1_weight: float = 0.0,
+        lecam_weight: float = 0.0,
         discriminator_start_step: int = 10_000,
+        discriminator_warmup_steps: int = 0,
+        image_discriminator: nn.Module | None = None,
+        video_discriminator: nn.Module | None = None,
         discriminator_channels: int = 64,
         discriminator_layers: int = 3,
+        entropy_boost: float = 0.0,
+        entropy_boost_steps: int = 2000,
         lr: float = 9e-5,
         betas: tuple[float, float] = (0.5, 0.9),
         warmup_steps: int = 0,
@@ -79,21 +107,36 @@ class VQGAN3DModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["tokenizer"])
+        self.save_hyperparameters(ignore=["tokenizer", "image_discriminator", "video_discriminator"])
         if "_instantiator" in self.hparams:  # built by the command line, which records the tokenizer as plain types
             self.save_hyperparameters()
         if accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches}: expected at least 1 batch a step")
+        for axis, given, weight in (
+            ("image", image_discriminator, image_gan_weight),
+            ("video", video_discriminator, video_gan_weight),
+        ):
+            if given is not None and weight <= 0:
+                raise ValueError(f"{axis}_discriminator has no use: {axis}_gan_weight={weight}.")
         self.automatic_optimization = False
         self.tokenizer = tokenizer
         self.l1_weight = l1_weight
         self.l2_weight = l2_weight
         self.perceptual_weight = perceptual_weight
+        self.perceptual_frames = perceptual_frames
+        self.perceptual_network = perceptual_network
         self.image_gan_weight = image_gan_weight
         self.video_gan_weight = video_gan_weight
+        self.adversarial_weight = adversarial_weight
+        self.adaptive_weight = adaptive_weight
         self.feature_matching_weight = feature_matching_weight
         self.gan_loss: GANLoss = gan_loss
+        self.r1_weight = r1_weight
+        self.lecam_weight = lecam_weight
         self.discriminator_start_step = discriminator_start_step
+        self.discriminator_warmup_steps = discriminator_warmup_steps
+        self.entropy_boost = entropy_boost
+        self.entropy_boost_steps = entropy_boost_steps
         self.lr = lr
         self.betas = betas
         self.warmup_steps = warmup_steps
@@ -102,13 +145,17 @@ class VQGAN3DModule(LightningModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.perceptual_weights = perceptual_weights
         self.seed = seed
-        width, layers = discriminator_channels, discriminator_layers
-        self.image_discriminator = (
-            PatchDiscriminator(2, base_channels=width, num_layers=layers) if image_gan_weight > 0 else None
-        )
-        self.video_discriminator = (
-            PatchDiscriminator(3, base_channels=width, num_layers=layers) if video_gan_weight > 0 else None
-        )
+        patches: dict[str, Any] = {"base_channels": discriminator_channels, "num_layers": discriminator_layers}
+        self.image_discriminator = self.video_discriminator = None
+        if image_gan_weight > 0:
+            self.image_discriminator = image_discriminator or PatchDiscriminator(2, **patches)
+        if video_gan_weight > 0:
+            self.video_discriminator = video_discriminator or PatchDiscriminator(3, **patches)
+        self.image_lecam = LeCam() if self.image_discriminator is not None and lecam_weight > 0 else None
+        self.video_lecam = LeCam() if self.video_discriminator is not None and lecam_weight > 0 else None
+        # for a callback that watches over the training: a factor, and a last word on each step
+        self.discriminator_lr_factor = 1.0
+        self.step_gate: Callable[[dict[str, Tensor]], bool] | None = None
         # outside the module tree: frozen, so neither checkpoints nor DDP nor weight averaging need to carry it
         self.__dict__["perceptual"] = None
 
@@ -135,42 +182,106 @@ class VQGAN3DModule(LightningModule):
             terms["l2"] = F.mse_loss(reconstruction, pixels)
         if self.perceptual is not None:
             perceptual = self.perceptual.to(pixels.device)  # nobody else moves what is outside the module tree
-            terms["perceptual"] = perceptual(pick_frames(pixels, frames), pick_frames(reconstruction, frames))
+            views = (pixels, reconstruction)
+            if self.perceptual_frames == "all":
+                images = [rearrange(video, "b c t h w -> (b t) c h w") for video in views]
+            else:
+                images = [pick_frames(video, frames) for video in views]
+            terms["perceptual"] = perceptual(*images)
         if adversarial:
-            terms["gan"] = terms["feature_matching"] = pixels.new_zeros(())
-            for network, weight, real, fake in self._discriminated(pixels, reconstruction, frames):
-                gan, feature_matching = generator_terms(network, real, fake)
-                terms["gan"] = terms["gan"] + weight * gan
-                terms["feature_matching"] = terms["feature_matching"] + feature_matching
+            gan, feature_matching = pixels.new_zeros(()), pixels.new_zeros(())
+            match_features = self.feature_matching_weight > 0
+            for network, _, weight, real, fake in self._discriminated(pixels, reconstruction, frames):
+                one_gan, one_matching = generator_terms(network, real, fake, self.gan_loss, match_features)
+                gan = gan + weight * one_gan
+                feature_matching = feature_matching + one_matching
+            terms["gan"] = gan
+            if match_features:
+                terms["feature_matching"] = feature_matching
         return terms
 
-    def generator_loss(self, terms: dict[str, Tensor]) -> Tensor:
-        """Weighted sum of `generator_losses`."""
-        weights = {
+    def generator_loss(self, terms: dict[str, Tensor], factors: dict[str, Tensor] | None = None) -> Tensor:
+        """Weighted sum of `generator_losses`, each term with a further factor of this moment, see `step_factors`."""
+        weights: dict[str, float] = {
             "l1": self.l1_weight,
             "l2": self.l2_weight,
             "perceptual": self.perceptual_weight,
+            "gan": self.adversarial_weight,
             "feature_matching": self.feature_matching_weight,
         }
-        return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        factors = factors or {}
+        return torch.stack(
+            [weights.get(name, 1.0) * factors.get(name, 1.0) * term for name, term in terms.items()]
+        ).sum()
 
-    def discriminator_loss(self, pixels: Tensor, reconstruction: Tensor, frames: Tensor) -> Tensor:
-        """Weighted sum of the discriminators' losses; arguments as for `generator_losses`."""
-        loss = pixels.new_zeros(())
-        for network, weight, real, fake in self._discriminated(pixels, reconstruction, frames):
-            loss = loss + weight * discriminator_loss(network, real, fake, self.gan_loss)
-        return loss
+    def step_factors(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Factors on the terms of `generator_losses` at this step: what warms up, fades out or adapts."""
+        step = self.global_step
+        boost = 1 + self.entropy_boost * max(0.0, 1 - step / max(1, self.entropy_boost_steps))
+        ramp = min(1.0, (step - self.discriminator_start_step + 1) / (self.discriminator_warmup_steps + 1))
+        factors = {
+            name: torch.full_like(terms["l1"], factor, requires_grad=False)
+            for name, factor in (("entropy", boost), ("gan", ramp), ("feature_matching", ramp))
+        }
+        if self.adaptive_weight and "gan" in terms:
+            factors["gan"] = factors["gan"] * self._gradient_ratio(terms)
+        return factors
+
+    def _gradient_ratio(self, terms: dict[str, Tensor]) -> Tensor:
+        """VQGAN's weight of the adversarial loss: |grad of the reconstruction| / (|its own| + 1e-4), at most 1e4.
+
+        The gradients are those that reach the decoder's last weight, of the batches of all ranks.
+        """
+        last = [weight for weight in self.tokenizer.decoder.parameters() if weight.ndim > 1][-1]
+        reconstruction = self.generator_loss({n: t for n, t in terms.items() if n in ("l1", "l2", "perceptual")})
+        norms = [
+            (sum_over_ranks(torch.autograd.grad(loss, last, retain_graph=True)[0]) / world_size()).norm()
+            for loss in (reconstruction, terms["gan"])
+        ]
+        return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+
+    def discriminator_losses(
+        self, pixels: Tensor, reconstruction: Tensor, frames: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Terms of the discriminators' loss, before the weights of `discriminator_loss`; takes what the generator's do.
+
+        Returns:
+            Scalars `disc`, and if they have a weight `r1` and `lecam`: sums over the discriminators, each with its
+            weight. And how they judge, as means over them: `logits_real`, `logits_fake` and `disc_accuracy`, the
+            fraction of logits of the right sign.
+        """
+        terms = {"disc": pixels.new_zeros(())}
+        terms |= {"r1": pixels.new_zeros(())} if self.r1_weight > 0 else {}
+        terms |= {"lecam": pixels.new_zeros(())} if self.lecam_weight > 0 else {}
+        judgements = []
+        for network, lecam, weight, real, fake in self._discriminated(pixels, reconstruction, frames):
+            loss, r1, *logits = discriminator_terms(network, real, fake, self.gan_loss, self.r1_weight > 0)
+            terms["disc"] = terms["disc"] + weight * loss
+            if self.r1_weight > 0:
+                terms["r1"] = terms["r1"] + weight * r1
+            if lecam is not None:
+                terms["lecam"] = terms["lecam"] + weight * lecam(*logits)
+            on_real, on_fake = (x.detach() for x in logits)
+            right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
+            judgements.append(torch.stack([on_real.mean(), on_fake.mean(), right.to(on_real.dtype)]))
+        names = ("logits_real", "logits_fake", "disc_accuracy")
+        return terms, dict(zip(names, torch.stack(judgements).mean(0), strict=True))
+
+    def discriminator_loss(self, terms: dict[str, Tensor]) -> Tensor:
+        """Weighted sum of `discriminator_losses`."""
+        weights = {"disc": 1.0, "r1": self.r1_weight, "lecam": self.lecam_weight}
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def _discriminated(
         self, pixels: Tensor, reconstruction: Tensor, frames: Tensor
-    ) -> list[tuple[PatchDiscriminator, float, Tensor, Tensor]]:
-        """Each discriminator that there is, its weight, and the real and the fake that it sees."""
-        views = []
+    ) -> list[tuple[nn.Module, LeCam | None, float, Tensor, Tensor]]:
+        """Each discriminator that there is, its regulariser, its weight, and the real and the fake that it sees."""
+        views: list[tuple[nn.Module, LeCam | None, float, Tensor, Tensor]] = []
         if self.image_discriminator is not None:
             real, fake = pick_frames(pixels, frames), pick_frames(reconstruction, frames)  # [B, 3, H, W]
-            views.append((self.image_discriminator, self.image_gan_weight, real, fake))
+            views.append((self.image_discriminator, self.image_lecam, self.image_gan_weight, real, fake))
         if self.video_discriminator is not None:
-            views.append((self.video_discriminator, self.video_gan_weight, pixels, reconstruction))
+            views.append((self.video_discriminator, self.video_lecam, self.video_gan_weight, pixels, reconstruction))
         return views
 
     # Training
@@ -197,7 +308,11 @@ class VQGAN3DModule(LightningModule):
             )
         if self.perceptual_weight > 0 and self.perceptual is None:
             try:
-                self.__dict__["perceptual"] = LPIPS.from_folder(self.perceptual_weights)
+                self.__dict__["perceptual"] = (
+                    LPIPS.from_folder(self.perceptual_weights)
+                    if self.perceptual_network == "lpips"
+                    else TimmPerceptual(self.perceptual_network, self.perceptual_weights)
+                )
             except FileNotFoundError as error:
                 if self.global_rank == 0:
                     logger.warning("The perceptual loss is off (--model.perceptual_weights). %s", error)
@@ -215,37 +330,52 @@ class VQGAN3DModule(LightningModule):
             draws = keyed_generator(self.seed, self.global_step, QUANTIZER_STREAM, part)
             reconstruction, encoded = self.tokenizer(batch["video"], draws)
             terms = self.generator_losses(pixels, reconstruction, encoded, frames, adversarial)
-            loss = self.generator_loss(terms)
+            factors = self.step_factors(terms)
+            loss = self.generator_loss(terms, factors)
             self.manual_backward(loss / self.accumulate_grad_batches)
-        logged = {"loss": loss.detach(), **terms, **encoded.statistics}
+        logged = {"loss": loss, **terms, **encoded.statistics}
+        if self.adaptive_weight and adversarial:
+            logged["adaptive_weight"] = factors["gan"]
 
         if adversarial:
             with discriminator_optimizers[0].toggle_model(sync_grad=steps):
-                logged["disc"] = self.discriminator_loss(pixels, reconstruction, frames)
-                self.manual_backward(logged["disc"] / self.accumulate_grad_batches)
-            if steps:
-                # torch's own optimizer: a step of Lightning's wrapper would count in global_step a second time
-                self._update(discriminator_optimizers[0].optimizer)
+                terms, judgement = self.discriminator_losses(pixels, reconstruction, frames)
+                self.manual_backward(self.discriminator_loss(terms) / self.accumulate_grad_batches)
+            logged |= terms | judgement
         if steps:
-            self._update(generator_optimizer)
+            logged |= self._step(generator_optimizer, discriminator_optimizers[0] if adversarial else None)
         self.log_dict({f"train/{name}": value.detach() for name, value in logged.items()})
 
     def _optimizers(self) -> list[LightningOptimizer]:
         optimizers = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
-    def _update(self, optimizer: torch.optim.Optimizer | LightningOptimizer) -> None:
-        self.clip_gradients(
-            optimizer,  # type: ignore[arg-type]
-            gradient_clip_val=self.gradient_clip_norm,
-            gradient_clip_algorithm="norm",
-        )
+    def _step(self, generator: LightningOptimizer, discriminator: LightningOptimizer | None) -> dict[str, Tensor]:
+        """Clip and apply the gradients of both; returns their norms before that."""
+        optimizers: dict[str, torch.optim.Optimizer | LightningOptimizer] = {}
+        if discriminator is not None:
+            # torch's own optimizer: a step of Lightning's wrapper would count in global_step a second time
+            optimizers["grad_norm_disc"] = discriminator.optimizer
+        optimizers["grad_norm"] = generator
+        norms = {name: self._clip(optimizer) for name, optimizer in optimizers.items()}
+        is_wanted = self.step_gate is None or self.step_gate(norms)
+        for lecam in (self.image_lecam, self.video_lecam):
+            if lecam is not None and discriminator is not None:
+                lecam.update() if is_wanted else lecam.forget()
         # Lightning steps no scheduler in manual optimisation; as a function of the step it needs no state either.
         decay_steps = self.trainer.max_steps if self.lr_schedule == "cosine" else None
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr * learning_rate_factor(self.global_step, self.warmup_steps, decay_steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        lr = self.lr * learning_rate_factor(self.global_step, self.warmup_steps, decay_steps)
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (self.discriminator_lr_factor if name == "grad_norm_disc" else 1.0)
+            if is_wanted:
+                optimizer.step()
+            optimizer.zero_grad()
+        return norms
+
+    def _clip(self, optimizer: torch.optim.Optimizer | LightningOptimizer) -> Tensor:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or math.inf)
 
     def _draw_frames(self, video: Tensor, part: int) -> Tensor:
         """One frame of each clip `[B]`: drawn for the batch of all ranks, of which this rank takes its slice."""

@@ -1,13 +1,19 @@
-"""Losses of TATS' tokenizer: adversarial, feature matching and perceptual.
+"""Losses of the tokenizers: adversarial, with the penalties that steady it, feature matching and perceptual.
 
-With k(s) = 0 before the discriminators start and 1 from then on, f one random frame of each clip, D_i and D_v the
+TATS, with k(s) = 0 before the discriminators start and 1 from then on, f one random frame of each clip, D_i and D_v the
 discriminators of frames and clips:
 
     L_AE = 4 |x - x'| + commitment + 4 LPIPS(f, f') + k(s) [-mean D_i(f') - mean D_v(x')] + 4 k(s) [FM_i + FM_v]
     L_D  = k(s) [hinge(D_i; f, f') + hinge(D_v; x, x')]
 
-The paper writes the adversarial loss with logarithms; the released code trains with the hinge. All of it is computed in
-the tokenizer's native range.
+The paper writes the adversarial loss with logarithms; the released code trains with the hinge. MAGVIT, with one
+discriminator of clips, P the squared distance of a ResNet's logits, and the means e of past logits:
+
+    L_AE = |x - x'|^2 + quantizer + 0.1 P(x, x') + 0.1 mean softplus(-D(x'))
+    L_D  = mean softplus(-D(x)) + mean softplus(D(x')) + 10 mean |dD(x)/dx|^2
+           + 0.001 [relu(mean D(x) - e_fake)^2 + relu(e_real - mean D(x'))^2]
+
+All of it is computed in the tokenizer's native range.
 """
 
 from pathlib import Path
@@ -18,9 +24,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.tokenizers.discriminators import PatchDiscriminator
+from models.blocks.distributed import sum_over_ranks, world_size
 
-GANLoss = Literal["hinge", "vanilla"]
+GANLoss = Literal["hinge", "vanilla", "non_saturating"]
 
 
 def pick_frames(video: Tensor, frames: Tensor) -> Tensor:
@@ -38,35 +44,126 @@ def vanilla_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
 
 
+def non_saturating_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Cross-entropy of a discriminator: 2 log 2 at zero logits."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def adversarial_loss(fake_logits: Tensor, gan_loss: GANLoss) -> Tensor:
+    """Loss of the generator: mean softplus(-D(x')) if `non_saturating`, else -mean D(x')."""
+    return F.softplus(-fake_logits).mean() if gan_loss == "non_saturating" else -fake_logits.mean()
+
+
+def r1_penalty(logits: Tensor, real: Tensor) -> Tensor:
+    """Mean over the batch of the squared gradient of each real's logits, summed over its elements.
+
+    There is no factor 1/2 (MAGVIT's release). The logits are to be those of a discriminator without batch norm, so that
+    each depends on one real alone.
+
+    Args:
+        logits: of `real`, which requires a gradient.
+        real: `[B, ...]`.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean()
+
+
+class LeCam(nn.Module):
+    """LeCam regularisation (Tseng et al., 2021), on mean logits as in MAGVIT's release.
+
+    The means of past logits are state. They are those of steps before this one, over the batches of all ranks.
+
+    Args:
+        decay: Decay of the moving averages, from 0.
+    """
+
+    real: Tensor
+    fake: Tensor
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("fake", torch.zeros(()))
+        self._seen: list[tuple[Tensor, Tensor]] = []  # of this step's batches
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """relu(mean D(x) - e_fake)^2 + relu(e_real - mean D(x'))^2."""
+        real, fake = (sum_over_ranks(logits.mean()) / world_size() for logits in (real_logits, fake_logits))
+        self._seen.append((real.detach(), fake.detach()))
+        return F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
+
+    def update(self) -> None:
+        """Move the averages, once a step, however many batches it has."""
+        for average, means in zip((self.real, self.fake), zip(*self._seen, strict=True), strict=True):
+            average.lerp_(torch.stack(means).mean().to(average.dtype), 1 - self.decay)
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave this step's batches out."""
+        self._seen.clear()
+
+
 def feature_matching_loss(fake_maps: list[Tensor], real_maps: list[Tensor]) -> Tensor:
     """Sum over a discriminator's hidden maps of the mean |fake - sg(real)|."""
+    if not fake_maps:
+        raise ValueError("This discriminator shows no hidden maps to match: set --model.feature_matching_weight=0.")
     distances = [F.l1_loss(fake, real.detach()) for fake, real in zip(fake_maps, real_maps, strict=True)]
     return torch.stack(distances).sum()
 
 
-def generator_terms(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+def generator_terms(
+    discriminator: nn.Module, real: Tensor, fake: Tensor, gan_loss: GANLoss = "hinge", match_features: bool = True
+) -> tuple[Tensor, Tensor]:
     """What a discriminator tells the generator.
 
     Args:
-        discriminator: of frames or of clips.
+        discriminator: of frames or of clips; gives logits and a list of hidden maps.
         real: pixels in the native range.
         fake: their reconstruction.
+        gan_loss: see `adversarial_loss`.
+        match_features: whether to compute the second term; the first does without `real`.
 
     Returns:
-        -mean D(fake), for both kinds of adversarial loss, and the feature matching loss.
+        The adversarial and the feature matching loss.
     """
     logits, fake_maps = discriminator(fake)
+    gan = adversarial_loss(_full_precision(logits), gan_loss)
+    if not match_features:
+        return gan, torch.zeros_like(gan)
     with torch.no_grad():
         _, real_maps = discriminator(real)
-    return -_full_precision(logits).mean(), feature_matching_loss(fake_maps, real_maps)
+    return gan, feature_matching_loss(fake_maps, real_maps)
 
 
-def discriminator_loss(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor, gan_loss: GANLoss) -> Tensor:
-    """Loss of a discriminator on pixels and their reconstruction; no gradient reaches either."""
-    real_logits, _ = discriminator(real.detach())
+def discriminator_terms(
+    discriminator: nn.Module, real: Tensor, fake: Tensor, gan_loss: GANLoss, with_r1: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How a discriminator does on pixels and their reconstruction; no gradient reaches either.
+
+    Args:
+        discriminator: of frames or of clips; gives logits and a list of hidden maps.
+        real: pixels in the native range.
+        fake: their reconstruction.
+        gan_loss: which loss.
+        with_r1: compute the penalty; the pass over `real` is in float32 then.
+
+    Returns:
+        Its loss, its R1 penalty (0 without), its logits of `real` and of `fake`.
+    """
+    real = real.detach()
+    if with_r1:
+        with torch.autocast(real.device.type, enabled=False):
+            real = _full_precision(real).requires_grad_()
+            real_logits, _ = discriminator(real)
+            penalty = r1_penalty(real_logits, real)
+    else:
+        real_logits, _ = discriminator(real)
+        penalty = real.new_zeros(())
     fake_logits, _ = discriminator(fake.detach())
-    loss = {"hinge": hinge_loss, "vanilla": vanilla_loss}[gan_loss]
-    return loss(_full_precision(real_logits), _full_precision(fake_logits))
+    real_logits, fake_logits = _full_precision(real_logits), _full_precision(fake_logits)
+    loss = {"hinge": hinge_loss, "vanilla": vanilla_loss, "non_saturating": non_saturating_loss}[gan_loss]
+    return loss(real_logits, fake_logits), penalty, real_logits, fake_logits
 
 
 class LPIPS(nn.Module):

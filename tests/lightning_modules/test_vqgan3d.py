@@ -25,6 +25,7 @@ from models.tokenizers import (
     ContinuousLatents,
     FiniteScalarQuantizer,
     GaussianLatents,
+    LookupFreeQuantizer,
     Quantizer,
     TimeAgnosticDecoder,
     TimeAgnosticEncoder,
@@ -119,7 +120,8 @@ def test_everything_a_reader_of_curves_expects_is_logged() -> None:
     run = trainer(1)
     run.fit(module, loader(), loader(2))
     terms = {"loss", "l1", "commitment", "perplexity", "usage"}
-    expected = {f"train/{name}" for name in terms | {"gan", "feature_matching", "disc"}}
+    adversarial = {"gan", "feature_matching", "disc", "logits_real", "logits_fake", "disc_accuracy", "grad_norm_disc"}
+    expected = {f"train/{name}" for name in terms | adversarial | {"grad_norm"}}
     run.validate(module, loader(2), verbose=False)
     validated = {f"val/{name}" for name in terms | {"psnr"}}
     assert run.callback_metrics.keys() == validated
@@ -333,6 +335,133 @@ def test_validation_measures_the_reconstruction_in_the_house_range() -> None:
     assert metrics["val/perplexity"].item() == pytest.approx(entropy.exp().item(), rel=1e-4)
 
 
+def test_an_adaptive_weight_makes_both_gradients_equal_at_the_last_weight() -> None:
+    module = toy_module(discriminator_start_step=0, adaptive_weight=True, l1_weight=3.0, feature_matching_weight=0.0)
+    module.double().trainer = SimpleNamespace(global_step=5)
+    video = batch(0)["video"].double()
+    pixels = module.tokenizer.to_native(video)
+    reconstruction, encoded = module.tokenizer(video)
+    terms = module.generator_losses(pixels, reconstruction, encoded, torch.tensor([0, 1]), adversarial=True)
+    assert "feature_matching" not in terms
+    factors = module.step_factors(terms)
+    last = module.tokenizer.decoder.conv_last.conv.weight
+    norms = [torch.autograd.grad(terms[name], last, retain_graph=True)[0].norm() for name in ("l1", "gan")]
+    assert torch.allclose(factors["gan"], 3 * norms[0] / (norms[1] + 1e-4))
+    assert not factors["gan"].requires_grad
+    expected = 3 * terms["l1"] + terms["commitment"] + factors["gan"] * terms["gan"]
+    assert torch.allclose(module.generator_loss(terms, factors), expected)
+    logged = fit(toy_module(discriminator_start_step=1, adaptive_weight=True), 2).logged
+    assert ["train/adaptive_weight" in step for step in logged] == [False, True]
+
+
+def test_the_adversarial_terms_grow_and_the_entropy_fades_by_step() -> None:
+    options = {"discriminator_start_step": 10, "discriminator_warmup_steps": 3, "entropy_boost": 3.0}
+    module = toy_module(**options, entropy_boost_steps=2000)
+    terms = {"l1": torch.tensor(0.0)}
+
+    def factors(name: str, *steps: int) -> list[float]:
+        values = []
+        for step in steps:
+            module.trainer = SimpleNamespace(global_step=step)
+            values.append(module.step_factors(terms)[name].item())
+        return values
+
+    assert factors("gan", 10, 11, 12, 13, 500) == [0.25, 0.5, 0.75, 1, 1]
+    assert factors("feature_matching", 10, 500) == [0.25, 1]
+    assert factors("entropy", 0, 1000, 2000, 9000) == [4, 2.5, 1, 1]
+
+
+def test_the_entropy_loss_is_boosted_in_training() -> None:
+    def first(**options: Any) -> dict[str, float]:
+        tokenizer = toy_tokenizer(LookupFreeQuantizer(3, commitment_weight=0.0, entropy_weight=1.0))
+        return fit(toy_module(tokenizer, image_gan_weight=0.0, video_gan_weight=0.0, **options), 1).logged[0]
+
+    plain, boosted = first(), first(entropy_boost=3.0)
+    difference = boosted["train/loss"] - plain["train/loss"]
+    assert difference == pytest.approx(3 * plain["train/entropy"], rel=1e-4)
+
+
+class Critic(torch.nn.Module):
+    """A discriminator without batch norm and without hidden maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv3d(3, 2, 3), torch.nn.Tanh(), torch.nn.Conv3d(2, 1, (2, 6, 6)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.layers(x).flatten(1), []
+
+
+def magvit_module() -> VQGAN3DModule:
+    torch.manual_seed(1)
+    return toy_module(
+        video_discriminator=Critic(),
+        image_gan_weight=0.0,
+        gan_loss="non_saturating",
+        adversarial_weight=0.1,
+        feature_matching_weight=0.0,
+        r1_weight=10.0,
+        lecam_weight=0.001,
+        discriminator_start_step=0,
+    )
+
+
+def test_magvits_losses_train_and_their_averages_are_resumed(tmp_path: Path) -> None:
+    data = DataLoader([batch(0)], batch_size=None)
+    whole = fit(magvit_module(), 4, data, max_epochs=4)
+    logged = whole.logged[0]
+    assert {"train/r1", "train/lecam", "train/disc", "train/gan"} <= logged.keys()
+    assert logged["train/loss"] == pytest.approx(
+        4 * logged["train/l1"] + logged["train/commitment"] + 0.1 * logged["train/gan"], rel=1e-5
+    )
+    after = whole.states[0]
+    assert after["video_lecam.real"].item() == pytest.approx(0.001 * logged["train/logits_real"], rel=1e-4)
+    assert after["video_lecam.fake"].item() == pytest.approx(0.001 * logged["train/logits_fake"], rel=1e-4)
+    interrupted = trainer(2, max_epochs=4)
+    interrupted.fit(magvit_module(), data)
+    interrupted.save_checkpoint(tmp_path / "half.ckpt")
+    recorder = Recorder()
+    trainer(4, max_epochs=4, callbacks=[recorder]).fit(magvit_module(), data, ckpt_path=tmp_path / "half.ckpt")
+    assert equal(recorder.states[-1], whole.states[-1])
+
+
+def test_r1_reaches_the_discriminators_loss() -> None:
+    module = magvit_module()
+    video, frames = batch(0)["video"], torch.tensor([0, 1])
+    terms, judgement = module.discriminator_losses(video, -video, frames)
+    expected = terms["disc"] + 10 * terms["r1"] + 0.001 * terms["lecam"]
+    assert torch.allclose(module.discriminator_loss(terms), expected)
+    real = video.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(module.video_discriminator(real)[0].sum(), real)
+    assert torch.allclose(terms["r1"], gradient.square().sum() / 2, rtol=1e-4)
+    logits = [module.video_discriminator(x)[0] for x in (video, -video)]
+    right = ((logits[0] > 0).float().mean() + (logits[1] < 0).float().mean()) / 2
+    assert judgement["disc_accuracy"] == right
+
+
+def test_a_discriminator_without_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"video_discriminator has no use: video_gan_weight=0\.0"):
+        toy_module(video_discriminator=Critic(), video_gan_weight=0.0)
+
+
+def test_a_gate_can_refuse_a_step() -> None:
+    module = toy_module(discriminator_start_step=0, lecam_weight=0.1)
+    asked: list[set[str]] = []
+
+    def gate(norms: dict[str, Tensor]) -> bool:
+        asked.append(set(norms))
+        return len(asked) != 2
+
+    module.step_gate = gate
+    recorder = fit(module, 3)
+    assert asked == [{"grad_norm", "grad_norm_disc"}] * 4
+    assert recorder.steps == [1, 1, 2, 3]
+    parameters = [{n: s[n] for n, _ in module.named_parameters()} for s in recorder.states]
+    assert equal(parameters[0], parameters[1])
+    assert recorder.states[0]["image_lecam.real"] == recorder.states[1]["image_lecam.real"]
+    assert not equal(parameters[1], parameters[2])
+
+
 @pytest.mark.parametrize(
     ("quantizer", "losses", "statistics"),
     [
@@ -346,7 +475,7 @@ def test_every_kind_of_latents_trains_and_validates(
 ) -> None:
     module = toy_module(toy_tokenizer(quantizer), image_gan_weight=0.0, video_gan_weight=0.0)
     logged = fit(module, 2).logged[-1]
-    assert logged.keys() == {f"train/{name}" for name in {"loss", "l1"} | losses | statistics}
+    assert logged.keys() == {f"train/{name}" for name in {"loss", "l1", "grad_norm"} | losses | statistics}
     run = trainer(1)
     run.validate(module, loader(2), verbose=False)
     counted = statistics & {"perplexity", "usage"}
@@ -405,6 +534,30 @@ def test_perceptual_loss_looks_at_the_chosen_frames_and_stays_out_of_the_checkpo
     assert not any("perceptual" in name for name in module.state_dict())
 
 
+def test_the_perceptual_loss_can_look_at_every_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def perceptual(x: Tensor, y: Tensor) -> Tensor:
+        seen.append(x)
+        return (x - y).abs().mean()
+
+    module = toy_module(perceptual_weight=4.0, perceptual_frames="all")
+    module.__dict__["perceptual"] = SimpleNamespace(to=lambda device: perceptual)
+    fit(module, 1)
+    native = batch(0)["video"] * 0.5
+    assert torch.equal(seen[0].view(2, 4, 3, 8, 8).transpose(1, 2), native)
+
+
+def test_a_classifier_of_timm_is_read_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        "lightning_modules.vqgan3d.TimmPerceptual", lambda *args: asked.append(args) or torch.nn.Identity()
+    )
+    module = toy_module(perceptual_weight=0.1, perceptual_network="resnet50", perceptual_weights="here.safetensors")
+    module.setup("validate")
+    assert asked == [("resnet50", "here.safetensors")]
+
+
 def test_shown_videos_are_originals_above_reconstructions() -> None:
     module = toy_module()
     fit(module, 1)
@@ -436,7 +589,13 @@ def ddp_run(folder: str, rank: int, ranks: int) -> None:
     share = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
     batches = [{name: value[share] for name, value in batch(key, size=4).items()} for key in range(8)]
     module = toy_module(
-        toy_tokenizer(restart_threshold=0.5), discriminator_start_step=1, accumulate_grad_batches=2, lr=1e-3
+        toy_tokenizer(restart_threshold=0.5),
+        discriminator_start_step=1,
+        accumulate_grad_batches=2,
+        lr=1e-3,
+        adaptive_weight=True,
+        r1_weight=0.1,
+        lecam_weight=0.1,
     )
     options: dict[str, Any] = {"precision": "64-true", "max_epochs": 1, "use_distributed_sampler": False}
     if ranks > 1:

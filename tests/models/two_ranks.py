@@ -1,4 +1,4 @@
-"""What two processes compute for the tests of batch norm and of the quantizers; run once for all.
+"""What two processes compute for the tests of batch norm, quantizers and losses; run once for all.
 
 Each process saves its inputs and results; the tests compare with one process on the concatenated batch.
 """
@@ -10,7 +10,14 @@ import torch.distributed as dist
 
 from models.blocks.norm import SyncBatchNorm
 from models.random import keyed_generator
-from models.tokenizers import GaussianLatents, GradientVectorQuantizer, LookupFreeQuantizer, VectorQuantizer
+from models.tokenizers import (
+    GaussianLatents,
+    GradientVectorQuantizer,
+    LookupFreeQuantizer,
+    PatchDiscriminator,
+    VectorQuantizer,
+)
+from models.tokenizers.losses import LeCam, discriminator_terms
 
 
 def normalise(rank: int, axes: int) -> dict[str, torch.Tensor]:
@@ -66,6 +73,20 @@ def draw_gaussian(rank: int) -> dict[str, torch.Tensor]:
     return {"z": z, "latents": GaussianLatents(2)(z, keyed_generator(3)).latents}
 
 
+def penalise(rank: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(2, base_channels=2, num_layers=2).double()
+    real, fake = torch.randn(2, 2, 3, 16, 24, generator=keyed_generator(rank, 13), dtype=torch.float64)
+    lecam = LeCam().double()
+    loss, r1, *logits = discriminator_terms(discriminator, real, fake, "non_saturating", with_r1=True)
+    regulariser = lecam(*logits)
+    (loss + 10 * r1 + regulariser).backward()
+    lecam.update()
+    gradients = {f"grad {name}": parameter.grad for name, parameter in discriminator.named_parameters()}
+    results = {"real": real, "fake": fake, "r1": r1, "lecam": regulariser, "lecam_real": lecam.real}
+    return {name: tensor.detach() for name, tensor in results.items()} | gradients
+
+
 if __name__ == "__main__":
     folder, rank = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
@@ -77,6 +98,7 @@ if __name__ == "__main__":
         "lookup_free": look_up_free(rank),
         "gradient_vq": quantise_by_gradient(rank),
         "gaussian": draw_gaussian(rank),
+        "penalties": penalise(rank),
     }
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()

@@ -2,6 +2,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -10,13 +11,20 @@ from torch import Tensor
 from models.random import keyed_generator
 from models.tokenizers import LPIPS, PatchDiscriminator
 from models.tokenizers.losses import (
-    discriminator_loss,
+    LeCam,
+    adversarial_loss,
+    discriminator_terms,
     feature_matching_loss,
     generator_terms,
     hinge_loss,
+    non_saturating_loss,
     pick_frames,
+    r1_penalty,
     vanilla_loss,
 )
+from models.tokenizers.timm_perceptual import TimmPerceptual
+
+TwoRanks = list[dict[str, dict[str, Tensor]]]
 
 # torchvision's VGG16: which entries of `features` are convolutions, and their channels
 VGG_CONVOLUTIONS = {
@@ -101,13 +109,153 @@ def test_generator_and_discriminator_pull_in_opposite_directions(num_axes: int) 
     assert torch.allclose(gan, -logits.mean())
     assert torch.allclose(matching, feature_matching_loss(maps, discriminator(real)[1]))
     assert torch.autograd.grad(gan + matching, fake)[0].abs().max() > 0
-    loss = discriminator_loss(discriminator, real, fake, "hinge")
+    loss, r1, real_logits, fake_logits = discriminator_terms(discriminator, real, fake, "hinge")
+    assert r1 == 0
+    assert torch.allclose(real_logits, discriminator(real)[0])
+    assert torch.allclose(fake_logits, logits)
     assert torch.allclose(loss, hinge_loss(discriminator(real)[0], discriminator(fake)[0]))
     loss.backward()
     assert fake.grad is None
     assert discriminator.model0[0].weight.grad.abs().max() > 0
-    vanilla = discriminator_loss(discriminator, real, fake, "vanilla")
+    vanilla = discriminator_terms(discriminator, real, fake, "vanilla")[0]
     assert torch.allclose(vanilla, vanilla_loss(discriminator(real)[0], discriminator(fake)[0]))
+
+
+def test_the_non_saturating_loss_is_that_of_the_reference_at_zero() -> None:
+    zeros = torch.zeros(4, 1)
+    assert non_saturating_loss(zeros, zeros).item() == pytest.approx(1.386294, abs=1e-6)
+    assert 0.1 * adversarial_loss(zeros, "non_saturating").item() == pytest.approx(0.0693147, abs=1e-7)
+    logits = torch.tensor([[-2.0], [3.0]])
+    assert adversarial_loss(logits, "non_saturating").item() == pytest.approx(
+        (math.log1p(math.exp(2)) + math.log1p(math.exp(-3))) / 2
+    )
+    assert adversarial_loss(logits, "hinge") == adversarial_loss(logits, "vanilla") == -0.5
+
+
+class Linear(torch.nn.Module):
+    """D(x) = w . x, without hidden maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3 * 16 * 24, generator=keyed_generator(3)) / 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return x.flatten(1) @ self.weight[:, None], []
+
+
+def test_r1_of_a_linear_discriminator_is_the_square_of_its_weights() -> None:
+    discriminator = Linear()
+    penalties = [
+        discriminator_terms(discriminator, images(0), images(fake), "non_saturating", with_r1=True)[1]
+        for fake in (1, 2)
+    ]
+    assert penalties[0].item() == pytest.approx(discriminator.weight.square().sum().item(), rel=1e-5)
+    assert penalties[0] == penalties[1]  # whatever the fake
+    penalties[0].backward()  # a derivative of a derivative
+    assert torch.allclose(discriminator.weight.grad, 2 * discriminator.weight, rtol=1e-4)
+
+
+def test_r1_is_computed_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    discriminator = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(1152, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    )
+
+    def judge(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return discriminator(x), []
+
+    real = images(0).requires_grad_()
+    expected = r1_penalty(judge(real)[0], real)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert discriminator_terms(judge, images(0), images(1), "hinge", with_r1=True)[1] == expected
+
+
+def test_matching_needs_hidden_maps() -> None:
+    with pytest.raises(ValueError, match=r"shows no hidden maps to match: set --model.feature_matching_weight=0"):
+        generator_terms(Linear(), images(0), images(1))
+    gan, matching = generator_terms(Linear(), images(0), images(1), match_features=False)
+    assert gan != 0
+    assert matching == 0
+
+
+def test_lecam_pulls_logits_to_the_past_of_the_other_side() -> None:
+    ones = torch.ones(4, 1)
+    lecam = LeCam()
+    assert lecam(ones, -ones) == 2
+    assert lecam(-ones, ones) == 0
+    lecam.real.fill_(0.5)
+    lecam.fake.fill_(-0.5)
+    logits = (0.25 * ones).requires_grad_()
+    loss = lecam(logits, ones)
+    assert loss == 0.75**2
+    loss.backward()
+    assert torch.allclose(logits.grad, torch.full((4, 1), 2 * 0.75 / 4))
+
+
+def test_lecam_takes_its_averages_at_the_end_of_a_step() -> None:
+    lecam = LeCam()
+    for mean in (1.0, 3.0):  # two accumulated batches
+        assert lecam(torch.full((2, 1), mean), torch.full((2, 1), -mean)) == 2 * mean**2
+        assert lecam.real == lecam.fake == 0
+    lecam.update()
+    assert lecam.real.item() == pytest.approx(0.001 * 2)
+    assert lecam.fake.item() == pytest.approx(-0.001 * 2)
+    lecam(torch.full((2, 1), 9.0), torch.zeros(2, 1))
+    lecam.forget()
+    lecam(torch.zeros(2, 1), torch.zeros(2, 1))
+    lecam.update()
+    assert lecam.real.item() == pytest.approx(0.999 * 0.002)
+    assert lecam.state_dict().keys() == {"real", "fake"}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", pretrained=False).eval()
+    path = tmp_path_factory.mktemp("timm") / "resnet10t.safetensors"
+    save_file(network.state_dict(), path)
+    return network, path
+
+
+def test_a_classifier_of_timm_compares_logits(classifier: tuple[torch.nn.Module, Path]) -> None:
+    network, path = classifier
+    perceptual = TimmPerceptual("resnet10t", path, size=64)
+    x, y = images(0).requires_grad_(), images(1)
+    distance = perceptual.train()(x, y)
+    resized = [F.interpolate(image, (64, 64), mode="bilinear") for image in (x, y)]
+    assert torch.allclose(distance, (network(resized[0]) - network(resized[1])).square().mean(), rtol=1e-4)
+    distance.backward()
+    assert x.grad.abs().max() > 0
+    assert not any(parameter.requires_grad for parameter in perceptual.parameters())
+
+
+def test_a_classifier_without_its_weights_is_refused(classifier: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="timm has no model 'resnet10tt'"):
+        TimmPerceptual("resnet10tt", classifier[1])
+    with pytest.raises(FileNotFoundError, match=r"No file .*nowhere.pth with the weights of timm's resnet10t"):
+        TimmPerceptual("resnet10t", tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="does not hold the weights of timm's resnet18"):
+        TimmPerceptual("resnet18", classifier[1])
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_penalties_of_one_process(two_ranks: TwoRanks) -> None:
+    parts = [rank["penalties"] for rank in two_ranks]
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(2, base_channels=2, num_layers=2).double()
+    real, fake = (torch.cat([part[name] for part in parts]) for name in ("real", "fake"))
+    lecam = LeCam().double()
+    loss, r1, *logits = discriminator_terms(discriminator, real, fake, "non_saturating", with_r1=True)
+    regulariser = lecam(*logits)
+    (loss + 10 * r1 + regulariser).backward()
+    lecam.update()
+    for part in parts:
+        assert torch.allclose(part["lecam"], regulariser)
+        assert torch.allclose(part["lecam_real"], lecam.real)
+    assert torch.allclose((parts[0]["r1"] + parts[1]["r1"]) / 2, r1)
+    for name, parameter in discriminator.named_parameters():
+        mean = (parts[0][f"grad {name}"] + parts[1][f"grad {name}"]) / 2  # as DDP has it
+        assert torch.allclose(mean, parameter.grad), name
 
 
 def test_lpips_has_the_published_number_of_parameters() -> None:
