@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,12 @@ from models.blocks.distributed import sum_over_ranks, world_size
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
 from models.tokenizers.discriminators import PatchDiscriminator
+from models.tokenizers.inflation import Inflation, inflate
 from models.tokenizers.losses import LPIPS, GANLoss, LeCam, discriminator_terms, generator_terms, pick_frames
 from models.tokenizers.quantizers import Encoded, code_counts, usage_statistics
 from models.tokenizers.timm_perceptual import TimmPerceptual
 from models.tokenizers.vqgan3d import VQGAN3D
+from models.weights import load_tokenizer, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,9 @@ class VQGAN3DModule(LightningModule):
             optimizers.)
         perceptual_weights: Folder with vgg16-397923af.pth (torchvision) and vgg.pth (LPIPS 0.1), or the file with the
             weights of the timm model. Without them the perceptual loss is off, and a warning says so.
+        inflate_from: Bundle or checkpoint of a 2D tokenizer that a new run starts from; null starts from scratch.
+        inflation: How its kernels grow in time: `central` in MAGVIT, `average`, or `last` in MAGVIT-v2. With the first
+            two the clip discriminator starts from the 2D one, if a checkpoint holds it.
         seed: Keys the random frames and the codebook's restarts.
     """
 
@@ -104,6 +110,8 @@ class VQGAN3DModule(LightningModule):
         gradient_clip_norm: float = 1.0,
         accumulate_grad_batches: int = 1,
         perceptual_weights: str = "weights/lpips",
+        inflate_from: str | None = None,
+        inflation: Inflation = "central",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -144,6 +152,9 @@ class VQGAN3DModule(LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.accumulate_grad_batches = accumulate_grad_batches
         self.perceptual_weights = perceptual_weights
+        self.inflate_from = inflate_from
+        self.inflation: Inflation = inflation
+        self._is_resumed = False
         self.seed = seed
         patches: dict[str, Any] = {"base_channels": discriminator_channels, "num_layers": discriminator_layers}
         self.image_discriminator = self.video_discriminator = None
@@ -317,14 +328,32 @@ class VQGAN3DModule(LightningModule):
                 if self.global_rank == 0:
                     logger.warning("The perceptual loss is off (--model.perceptual_weights). %s", error)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember that the weights are there."""
+        self._is_resumed = True
+
+    def on_fit_start(self) -> None:
+        """Start from a 2D tokenizer, if one is named and this is no run that goes on."""
+        if self.inflate_from is None or self._is_resumed:
+            return
+        kept = inflate(self.tokenizer, load_tokenizer(self.inflate_from).state_dict(), self.inflation)
+        path = Path(self.inflate_from)
+        if path.is_file() and self.video_discriminator is not None and self.inflation != "last":
+            prefix = "video_discriminator."
+            state = read_checkpoint(path)["state_dict"].items()
+            images = {name.removeprefix(prefix): tensor for name, tensor in state if name.startswith(prefix)}
+            kept += inflate(self.video_discriminator, images, self.inflation) if images else []
+        if kept and self.global_rank == 0:
+            logger.warning("%s holds nothing for %s: they start from scratch.", path, ", ".join(kept))
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One pass over the tokenizer, one step of each optimizer."""
         generator_optimizer, *discriminator_optimizers = self._optimizers()
         adversarial = bool(discriminator_optimizers) and self.global_step >= self.discriminator_start_step
         part = batch_idx % self.accumulate_grad_batches
         steps = part == self.accumulate_grad_batches - 1 or self.trainer.is_last_batch
-        frames = self._draw_frames(batch["video"], part)
-        pixels = self.tokenizer.to_native(batch["video"])
+        pixels = self.tokenizer.to_native(self.tokenizer.reconstructed_frames(batch["video"]))
+        frames = self._draw_frames(pixels, part)
 
         with generator_optimizer.toggle_model(sync_grad=steps):
             draws = keyed_generator(self.seed, self.global_step, QUANTIZER_STREAM, part)
@@ -392,9 +421,9 @@ class VQGAN3DModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log losses without discriminators, and the PSNR of the clamped reconstruction in [-1, 1]."""
-        video = batch["video"]
+        reconstruction, encoded = self.tokenizer(batch["video"])
+        video = self.tokenizer.reconstructed_frames(batch["video"])
         pixels = self.tokenizer.to_native(video)
-        reconstruction, encoded = self.tokenizer(video)
         middle = torch.full((len(video),), video.shape[2] // 2, device=video.device)
         terms = self.generator_losses(pixels, reconstruction, encoded, middle, adversarial=False)
         errors = (self.tokenizer.from_native(reconstruction).clamp(-1, 1) - video).square().flatten(1).mean(1)  # [B]
@@ -429,4 +458,4 @@ class VQGAN3DModule(LightningModule):
         self.tokenizer.eval()  # looking must not move codebook or batch statistics
         reconstruction = self.tokenizer.decode(self.tokenizer.encode(video).latents)
         self.tokenizer.train(was_training)
-        return torch.cat([video, reconstruction.to(video.dtype)], dim=3)
+        return torch.cat([self.tokenizer.reconstructed_frames(video), reconstruction.to(video.dtype)], dim=3)

@@ -82,10 +82,8 @@ class BlurPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, T, H, W]` to `[B, C, T / 2, H / 2, W / 2]`."""
         pads = []
-        for size, kernel, stride in zip(
-            reversed(x.shape[2:]), reversed(self.kernel.shape), reversed(self.stride), strict=True
-        ):
-            total = (math.ceil(size / stride) - 1) * stride + kernel - size
+        for size, width, stride in list(zip(x.shape[2:], self.kernel.shape, self.stride, strict=True))[::-1]:
+            total = (math.ceil(size / stride) - 1) * stride + width - size
             pads += [total // 2, total - total // 2]
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, *self.kernel.shape)
         return F.conv3d(F.pad(x, pads), kernel, stride=self.stride, groups=x.shape[1])

@@ -32,7 +32,8 @@ class AveragePool(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """`[B, C, T, H, W]` to `[B, C, T / s_t, H / s_h, W / s_w]`, rounded up."""
-        return F.avg_pool3d(x, self.stride, self.stride, ceil_mode=True)
+        window = [min(stride, size) for stride, size in zip(self.stride, x.shape[2:], strict=True)]
+        return F.avg_pool3d(x, window, self.stride, ceil_mode=True)
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
         """First and last of the input's frames that the output's frames `first` to `last` see."""

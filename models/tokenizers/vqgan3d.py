@@ -197,7 +197,7 @@ class VQGAN3D(nn.Module):
             position += frames
         statistics = {name: means[name] for name in piece.statistics}
         if codes is not None and self.codebook_size is not None:
-            statistics |= usage_statistics(code_counts(codes, self.codebook_size).to(latents.dtype))
+            statistics |= usage_statistics(code_counts(codes, self.codebook_size))
         return Encoded(latents, codes, {name: means[name] for name in piece.losses}, statistics)
 
     @staticmethod
