@@ -22,6 +22,12 @@ def _export(args: Sequence[str]) -> None:
     main(args)
 
 
+def _import_weights(args: Sequence[str]) -> None:
+    from experiments.import_weights import main
+
+    main(args)
+
+
 def _demo(args: Sequence[str]) -> None:
     from experiments.demo import main
 
@@ -30,6 +36,7 @@ def _demo(args: Sequence[str]) -> None:
 
 SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "export": ("turn a tokenizer's checkpoint into a bundle: safetensors and JSON", _export),
+    "import-weights": ("turn a tokenizer that TATS has released into a bundle", _import_weights),
     "demo": ("embedded video, tokenizer, prior, samples and numbers, on a CPU", _demo),
 }
 
@@ -37,7 +44,7 @@ SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 def overview() -> str:
     """What `longtake --help` prints."""
     commands = LIGHTNING_COMMANDS | {name: text for name, (text, _) in SMALL_COMMANDS.items()}
-    lines = [f"  {name:<10}{text}" for name, text in commands.items()]
+    lines = [f"  {name:<16}{text}" for name, text in commands.items()]
     return "\n".join(["usage: longtake COMMAND ... (longtake COMMAND --help lists its options)", "", *lines])
 
 

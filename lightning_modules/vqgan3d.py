@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from models.blocks.distributed import sum_over_ranks, world_size
+from models.metrics.frames import frame_ssim
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
 from models.tokenizers.discriminators import PatchDiscriminator
@@ -70,14 +71,17 @@ class VQGAN3DModule(LightningModule):
         accumulate_grad_batches: Batches a step. (The Trainer's flags for clipping and accumulation do not reach two
             optimizers.)
         perceptual_weights: Folder with vgg16-397923af.pth (torchvision) and vgg.pth (LPIPS 0.1), or the file with the
-            weights of the timm model. Without them the perceptual loss is off, and a warning says so.
+            weights of the timm model. Without them the perceptual loss is off, and a warning says so. With LPIPS'
+            weights, validation measures LPIPS too.
         inflate_from: Bundle or checkpoint of a 2D tokenizer that a new run starts from; null starts from scratch.
         inflation: How its kernels grow in time: `central` in MAGVIT, `average`, or `last` in MAGVIT-v2. With the first
             two the clip discriminator starts from the 2D one, if a checkpoint holds it.
         seed: Keys the random frames and the codebook's restarts.
     """
 
+    not_averaged = ("image_discriminator", "video_discriminator")  # by averages of the weights: only training has them
     perceptual: LPIPS | TimmPerceptual | None
+    lpips: LPIPS | None
 
     def __init__(
         self,
@@ -168,7 +172,7 @@ class VQGAN3DModule(LightningModule):
         self.discriminator_lr_factor = 1.0
         self.step_gate: Callable[[dict[str, Tensor]], bool] | None = None
         # outside the module tree: frozen, so neither checkpoints nor DDP nor weight averaging need to carry it
-        self.__dict__["perceptual"] = None
+        self.__dict__["perceptual"] = self.__dict__["lpips"] = None
 
     # Losses
 
@@ -317,16 +321,21 @@ class VQGAN3DModule(LightningModule):
                 f"--trainer.precision={self.trainer.precision} does not fit this model: its two optimizers step "
                 "without a gradient scaler. Use bf16-mixed or 32-true."
             )
-        if self.perceptual_weight > 0 and self.perceptual is None:
-            try:
-                self.__dict__["perceptual"] = (
-                    LPIPS.from_folder(self.perceptual_weights)
-                    if self.perceptual_network == "lpips"
-                    else TimmPerceptual(self.perceptual_network, self.perceptual_weights)
-                )
-            except FileNotFoundError as error:
-                if self.global_rank == 0:
-                    logger.warning("The perceptual loss is off (--model.perceptual_weights). %s", error)
+        if self.perceptual is None and self.lpips is None:
+            self._load_perceptual()
+
+    def _load_perceptual(self) -> None:
+        """Read LPIPS, for the loss and to measure by, or the classifier that is the loss instead."""
+        try:
+            if self.perceptual_network == "lpips":
+                self.__dict__["lpips"] = LPIPS.from_folder(self.perceptual_weights)
+            elif self.perceptual_weight > 0:
+                self.__dict__["perceptual"] = TimmPerceptual(self.perceptual_network, self.perceptual_weights)
+        except FileNotFoundError as error:
+            if self.perceptual_weight > 0 and self.global_rank == 0:
+                logger.warning("The perceptual loss is off (--model.perceptual_weights). %s", error)
+        if self.perceptual_weight > 0 and self.lpips is not None:
+            self.__dict__["perceptual"] = self.lpips
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember that the weights are there."""
@@ -420,17 +429,28 @@ class VQGAN3DModule(LightningModule):
         self._code_counts = torch.zeros(self.tokenizer.codebook_size or 0, dtype=torch.int64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log losses without discriminators, and the PSNR of the clamped reconstruction in [-1, 1]."""
+        """Log losses without discriminators, and how close the clamped reconstruction is in [-1, 1].
+
+        PSNR is of whole clips; SSIM (of frames of at least 11 x 11 pixels) and LPIPS (if its weights are there) are
+        means over all frames.
+        """
         reconstruction, encoded = self.tokenizer(batch["video"])
         video = self.tokenizer.reconstructed_frames(batch["video"])
         pixels = self.tokenizer.to_native(video)
         middle = torch.full((len(video),), video.shape[2] // 2, device=video.device)
         terms = self.generator_losses(pixels, reconstruction, encoded, middle, adversarial=False)
-        errors = (self.tokenizer.from_native(reconstruction).clamp(-1, 1) - video).square().flatten(1).mean(1)  # [B]
+        shown = self.tokenizer.from_native(reconstruction).clamp(-1, 1).to(video.dtype)
+        errors = (shown - video).square().flatten(1).mean(1)  # [B]
         psnr = 10 * torch.log10(4 / errors.clamp(min=1e-10))  # peak 2, clips that are equal count as 106 dB
         if encoded.codes is not None:
             self._code_counts += code_counts(encoded.codes, len(self._code_counts))
         logged = {"loss": self.generator_loss(terms), **terms, "psnr": psnr.mean()}
+        if min(video.shape[3:]) >= 11:
+            logged["ssim"] = frame_ssim(shown, video).mean().to(psnr.dtype)
+        if self.lpips is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                frames = [rearrange(clip.float(), "b c t h w -> (b t) c h w") for clip in (shown, video)]
+                logged["lpips"] = self.lpips.to(self.device)(*frames)
         self.log_dict({f"val/{name}": value for name, value in logged.items()}, sync_dist=True, batch_size=len(video))
 
     def on_validation_epoch_end(self) -> None:

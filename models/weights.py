@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 BUNDLE_VERSION = 1
 
+# TATS' tokenizer: what only its training needs, and the version of how the rest is mapped.
+_TATS_TRAINING_ONLY = ("image_discriminator.", "video_discriminator.", "perceptual_model.")
+TATS_MAPPING_VERSION = 1
+
 # MeBT: our parameter names and the released ones; the shapes are the same.
 _MEBT_NAMES = (
     (r"^token_embedding\.", "tok_emb."),
@@ -130,6 +134,126 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:
         raise ValueError(f"{path} is damaged, or no checkpoint ({str(error).partition('. ')[0]})") from error
+
+
+class Foreign:
+    """Stands for an object of a class that is not ours: it holds the state that was pickled, and does nothing."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        self.state: object = args
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+def read_foreign_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of another project without executing anything in it.
+
+    Torch's restricted reader takes tensors and plain values. Whatever else the file names becomes an inert `Foreign`
+    instead of what its name says, such as the `argparse.Namespace` of old Lightning checkpoints.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read that way.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at {path}.")
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        inert: list[Any] = [(type(name.rpartition(".")[2], (Foreign,), {}), name) for name in names]
+        with torch.serialization.safe_globals(inert):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        kinds = ", ".join(re.findall(r"GLOBAL (\S+)", str(error))) or "what is neither tensor nor plain value"
+        raise ValueError(f"{path} asks for {kinds}. That could run any code: refused.") from error
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or no checkpoint of torch 1.6 or later ({reason}).") from error
+
+
+def import_tats_tokenizer(
+    path: Path, downsample: tuple[int, int, int] | None = None
+) -> tuple[VQGAN3D, dict[str, Any], dict[str, Any]]:
+    """Read a tokenizer that TATS has released (or MeBT, whose tokenizer is the same).
+
+    Widths, the codebook and the kind of norm are read off the tensors' shapes, factors are not: all kernels look alike.
+    The release's pixel range [-0.5, 0.5], batch statistics and borders are part of the configuration. Discriminators
+    and the perceptual network are left out.
+
+    Args:
+        path: A Lightning checkpoint of the official code.
+        downsample: Frames, rows and columns that one code covers; None takes them from the stored hyper-parameters.
+
+    Returns:
+        The tokenizer, the configuration that `build` makes it from, and where its weights come from.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read safely, is no such tokenizer, lacks tensors or holds others, or does not say
+            what its shapes do not tell.
+    """
+    checkpoint = read_foreign_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"{path} is no Lightning checkpoint: it holds no state_dict.")
+    stored = (checkpoint.get("hyper_parameters") or {}).get("args")
+    arguments = stored.state if isinstance(stored, Foreign) and isinstance(stored.state, dict) else {}
+    state = {
+        re.sub(r"^codebook\.", "quantizer.", name): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if not name.startswith(_TATS_TRAINING_ONLY)
+    }
+    if foreign := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(f"{path} holds what is no tensor among its weights: {', '.join(foreign)}.")
+    first, codebook = state.get("encoder.conv_first.conv.weight"), state.get("quantizer.embeddings")
+    if first is None or codebook is None:
+        raise ValueError(f"{path} is no tokenizer of TATS: it holds no encoder.conv_first or no codebook.embeddings.")
+    factors = list(downsample or arguments.get("downsample") or [])
+    if len(factors) != 3:
+        raise ValueError(f"{path} does not say how much it downsamples: give --downsample, such as --downsample 4 8 8.")
+    if arguments.get("padding_type", "replicate") != "replicate":
+        raise ValueError(
+            f"{path} was trained with padding_type={arguments['padding_type']}, which the official code used in a part "
+            "of the network only; only `replicate` can be imported."
+        )
+    state["quantizer.initialized"] = torch.tensor(True)
+    norm = "batch" if "encoder.final_block.0.running_mean" in state else "group"
+    part = {"base_channels": first.shape[0], "downsample": factors, "norm": norm, "padding": "replicate"}
+    restarts = not arguments.get("no_random_restart", False)
+    quantizer = {
+        "codebook_size": codebook.shape[0],
+        "dim": codebook.shape[1],
+        "restart_threshold": float(arguments.get("restart_thres", 1.0)) if restarts else 0.0,
+        "released_restart": True,
+    }
+    config = {
+        "class_path": "models.tokenizers.VQGAN3D",
+        "init_args": {
+            "encoder": {
+                "class_path": "models.tokenizers.TimeAgnosticEncoder",
+                "init_args": {"in_channels": first.shape[1], **part},
+            },
+            "quantizer": {"class_path": "models.tokenizers.VectorQuantizer", "init_args": quantizer},
+            "decoder": {
+                "class_path": "models.tokenizers.TimeAgnosticDecoder",
+                "init_args": {"out_channels": first.shape[1], **part},
+            },
+            "pixel_range": [-0.5, 0.5],
+        },
+    }
+    tokenizer = build_tokenizer(config)
+    load_state(tokenizer, state, path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    provenance = {
+        "source": path.name,
+        "source_sha256": digest,
+        "step": checkpoint.get("global_step"),
+        "weights": "weights released by TATS",
+        "mapping": "tats tokenizer",
+        "mapping_version": TATS_MAPPING_VERSION,
+        "downsample_from": "--downsample" if downsample else "the stored hyper-parameters",
+    }
+    return tokenizer, config, provenance
 
 
 def tokenizer_from_checkpoint(path: Path) -> tuple[VQGAN3D, dict[str, Any], dict[str, Any]]:

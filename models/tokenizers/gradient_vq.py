@@ -11,6 +11,7 @@ from models.tokenizers.quantizers import (
     batch_statistics,
     entropy_of_mean,
     nearest_entries,
+    offered_entries,
     straight_through,
 )
 
@@ -24,7 +25,8 @@ class GradientVectorQuantizer(Quantizer):
         L_ent = mean_z H[p(.|z)] - H[mean_z p(.|z)]
 
     Each vector is to choose clearly, all of them together evenly. The mean over z is taken over all ranks; the released
-    code takes each device's own. Defaults are MAGVIT's. There are no restarts: the entropy loss keeps codes in use.
+    code takes each device's own. Defaults are MAGVIT's. The entropy loss keeps codes in use; entries restart by
+    `revive` alone.
 
     Args:
         codebook_size: Number of entries K.
@@ -95,6 +97,19 @@ class GradientVectorQuantizer(Quantizer):
         """Nearest entries of latents `[B, D, t, h, w]`, as codes `[B, t, h, w]`."""
         codes = nearest_entries(rearrange(latents, "b d t h w -> (b t h w) d"), self.embeddings)
         return codes.view(latents.shape[0], *latents.shape[2:])
+
+    @torch.no_grad()
+    def revive(self, dead: Tensor, z: Tensor, generator: torch.Generator | None = None) -> None:
+        """Give entries a second life as vectors of a batch.
+
+        Args:
+            dead: `[K]` bool, the entries.
+            z: `[B, D, t, h, w]`, a batch; those of all ranks are drawn from.
+            generator: draws the vectors, equal on all ranks. None draws with a fixed key.
+        """
+        vectors = rearrange(z, "b d t h w -> (b t h w) d")
+        fresh = offered_entries(vectors, self.codebook_size, generator).to(self.embeddings.dtype)
+        self.embeddings.copy_(torch.where(dead[:, None], fresh, self.embeddings))
 
     def _entropies(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Mean entropy of p(.|z), and entropy of the mean, of vectors `[n, D]`; gradients reach the codebook too."""

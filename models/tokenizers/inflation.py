@@ -87,9 +87,9 @@ def time_profile(frames: int, stride: int | None, method: Inflation) -> Tensor:
         method: how kernels grow.
 
     Returns:
-        `[k]`.
+        `[k]`, in double precision.
     """
-    profile = torch.zeros(frames)
+    profile = torch.zeros(frames, dtype=torch.float64)
     share = stride or 1
     if method == "average":
         return profile + share / frames

@@ -175,7 +175,7 @@ class VectorQuantizer(Quantizer):
             self._is_initialized = bool(self.initialized)
         if self._is_initialized:
             return
-        offered = self._offer(vectors, generator)
+        offered = offered_entries(vectors, self.codebook_size, generator)
         self.embeddings.copy_(offered)
         self.z_avg.copy_(offered)
         self.N.fill_(1)
@@ -192,22 +192,25 @@ class VectorQuantizer(Quantizer):
         self.embeddings.copy_(self.z_avg / weights[:, None])
         if self.restart_threshold > 0:
             dead = self.restart_threshold > self.N  # [K]
-            fresh = self._offer(vectors, generator).to(self.embeddings.dtype)
-            self.embeddings.copy_(torch.where(dead[:, None], fresh, self.embeddings))
-            if not self.released_restart:
-                self.z_avg.copy_(torch.where(dead[:, None], fresh, self.z_avg))
-                self.N.masked_fill_(dead, 1)
+            self._restart(dead, vectors, generator, with_averages=not self.released_restart)
 
-    def _offer(self, vectors: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw one vector `[K, D]` for each entry from those of all ranks, repeated with noise if they are too few."""
-        generator = generator or keyed_generator(0)
-        vectors = gather_rows(vectors)
-        if len(vectors) < self.codebook_size:
-            vectors = vectors.repeat(math.ceil(self.codebook_size / len(vectors)), 1)
-            noise = torch.randn(vectors.shape, generator=generator, device=generator.device, dtype=vectors.dtype)
-            vectors = vectors + noise.to(vectors.device) * 0.01 / math.sqrt(self.dim)
-        chosen = torch.randperm(len(vectors), generator=generator, device=generator.device)[: self.codebook_size]
-        return vectors[chosen.to(vectors.device, non_blocking=True)]
+    @torch.no_grad()
+    def revive(self, dead: Tensor, z: Tensor, generator: torch.Generator | None = None) -> None:
+        """Give entries a second life as vectors of a batch.
+
+        Args:
+            dead: `[K]` bool, the entries.
+            z: `[B, D, t, h, w]`, a batch; those of all ranks are drawn from.
+            generator: as for `forward`.
+        """
+        self._restart(dead, rearrange(z, "b d t h w -> (b t h w) d"), generator, with_averages=True)
+
+    def _restart(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None, with_averages: bool) -> None:
+        fresh = offered_entries(vectors, self.codebook_size, generator).to(self.embeddings.dtype)
+        self.embeddings.copy_(torch.where(dead[:, None], fresh, self.embeddings))
+        if with_averages:
+            self.z_avg.copy_(torch.where(dead[:, None], fresh, self.z_avg))
+            self.N.masked_fill_(dead, 1)
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
@@ -226,6 +229,18 @@ def nearest_entries(vectors: Tensor, embeddings: Tensor) -> Tensor:
     chunks = vectors.split(max(1, _MAX_DISTANCES // len(embeddings)))
     # |z - e|^2 without |z|^2, which does not depend on the code
     return torch.cat([torch.addmm(norms, chunk, embeddings.T, alpha=-2).argmin(1) for chunk in chunks])
+
+
+def offered_entries(vectors: Tensor, codebook_size: int, generator: torch.Generator | None) -> Tensor:
+    """Draw one vector `[K, D]` for each entry from those `[n, D]` of all ranks, repeated with noise if too few."""
+    generator = generator or keyed_generator(0)
+    vectors = gather_rows(vectors)
+    if len(vectors) < codebook_size:
+        vectors = vectors.repeat(math.ceil(codebook_size / len(vectors)), 1)
+        noise = torch.randn(vectors.shape, generator=generator, device=generator.device, dtype=vectors.dtype)
+        vectors = vectors + noise.to(vectors.device) * 0.01 / math.sqrt(vectors.shape[1])
+    chosen = torch.randperm(len(vectors), generator=generator, device=generator.device)[:codebook_size]
+    return vectors[chosen.to(vectors.device, non_blocking=True)]
 
 
 def entropy_of_mean(probabilities: Tensor, epsilon: float = 0.0) -> Tensor:

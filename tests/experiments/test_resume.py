@@ -60,6 +60,10 @@ def test_a_run_that_failed_goes_on_as_if_it_had_not(
     ours, theirs = checkpoint(resumed, 6), checkpoint(straight, 6)
     for name, tensor in theirs["state_dict"].items():  # the codebook too: it is not made anew
         assert torch.equal(ours["state_dict"][name], tensor), name
+    averages = [saved.get("current_model_state", {}) for saved in (ours, theirs)]  # the tokenizer's run has some
+    assert averages[0].keys() == averages[1].keys()
+    assert all(torch.equal(averages[0][name], tensor) for name, tensor in averages[1].items())
+    assert bool(averages[1]) == (experiment == "tokenizer")
     for one, other in zip(ours["optimizer_states"], theirs["optimizer_states"], strict=True):
         for key, moments in other["state"].items():
             assert all(torch.equal(one["state"][key][name], value) for name, value in moments.items())

@@ -96,14 +96,14 @@ def test_bundle_says_where_its_weights_come_from(world: Path, tokenizer_run: Pat
     provenance = json.loads((world / "exported/provenance.json").read_text())
     newest = (tokenizer_run / "checkpoints/last.ckpt").resolve().name
     assert newest == "step=6.ckpt"
-    assert (provenance["step"], provenance["weights"], provenance["bundle_version"]) == (6, "raw weights", 1)
+    assert (provenance["step"], provenance["weights"], provenance["bundle_version"]) == (6, "averaged weights", 1)
     assert provenance["digest"] == state_digest(load_tokenizer(world / "exported").state_dict())
 
 
 def test_export_says_what_it_made(tiny: Path, tokenizer_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["export", str(tokenizer_run / "checkpoints/step=2.ckpt"), "weights/mine"])
     count = sum(parameter.numel() for parameter in load_tokenizer("weights/mine").parameters())
-    assert capsys.readouterr().out == f"weights/mine: raw weights of step 2, {count:,} parameters\n"
+    assert capsys.readouterr().out == f"weights/mine: averaged weights of step 2, {count:,} parameters\n"
 
 
 def test_export_refuses_to_overwrite(tiny: Path, tokenizer_run: Path) -> None:

@@ -80,7 +80,7 @@ def write_experiment(path: Path, *parts: dict[str, Any], **sections: Any) -> Non
 
 def write_tiny_experiments(folder: Path, tokenizer: Path) -> None:
     """Write `tokenizer.yaml`, and `mebt.yaml` whose tokenizer is at the path given."""
-    write_experiment(folder / "tokenizer.yaml", EVERY_RUN, model=TOKENIZER_MODULE)
+    write_experiment(folder / "tokenizer.yaml", EVERY_RUN, model=TOKENIZER_MODULE, ema={"decay": 0.5})
     init_args = {**MEBT_MODULE["init_args"], "tokenizer": str(tokenizer)}
     write_experiment(
         folder / "mebt.yaml",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.vqgan3d import VQGAN3DModule
+from models.metrics.frames import frame_ssim
 from models.random import keyed_generator
 from models.tokenizers import (
     LPIPS,
@@ -480,6 +481,30 @@ def test_every_kind_of_latents_trains_and_validates(
     run.validate(module, loader(2), verbose=False)
     counted = statistics & {"perplexity", "usage"}
     assert run.callback_metrics.keys() == {f"val/{name}" for name in {"loss", "l1", "psnr"} | losses | counted}
+
+
+def large_batch(key: int) -> dict[str, Any]:
+    video = torch.rand(2, 3, 4, 16, 16, generator=keyed_generator(key)) * 2 - 1
+    return {"video": video, "label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
+
+
+@pytest.mark.parametrize("weight", [0.0, 4.0])
+def test_validation_measures_ssim_and_lpips_of_what_is_shown(weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distance(torch.nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x - y).abs().mean() * len(x)
+
+    monkeypatch.setattr(LPIPS, "from_folder", lambda folder: Distance())
+    module = toy_module(perceptual_weight=weight)
+    run = trainer(1)
+    run.validate(module, DataLoader([large_batch(0)], batch_size=None), verbose=False)
+    video = large_batch(0)["video"]
+    shown = module.eval().tokenizer.decode(module.tokenizer.encode(video).latents)
+    metrics = run.callback_metrics
+    assert metrics["val/ssim"].item() == pytest.approx(frame_ssim(shown, video).mean().item(), rel=1e-5)
+    # all frames, in [-1, 1]; the loss looks at one of each clip, in the native range
+    assert metrics["val/lpips"].item() == pytest.approx((shown - video).abs().mean().item() * 8, rel=1e-5)
+    assert ("val/perceptual" in metrics) == (weight > 0)
 
 
 def test_a_curriculum_batch_trains_on_the_video_it_holds() -> None:

@@ -1,13 +1,12 @@
 """The causal tokenizer of MAGVIT-v2 and W.A.L.T: nothing depends on later frames, and an image is a short video."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 from einops import rearrange
-from toy_networks import causal, frames_that_differ, noise
 from torch import Tensor, nn
+from toy_networks import causal, frames_that_differ, noise
 
 from models.blocks import FrameGroupNorm
 from models.tokenizers import (
@@ -160,9 +159,8 @@ def test_images_have_codes_as_well() -> None:
 
 
 @pytest.fixture
-def norm_over_the_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def norm_over_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FrameGroupNorm, "forward", nn.GroupNorm.forward)
-    yield
 
 
 @pytest.mark.usefixtures("norm_over_the_clip")
@@ -219,5 +217,5 @@ def test_adaptive_norm_follows_the_latent_at_each_position() -> None:
 
 def test_the_decoder_must_be_causal_as_well() -> None:
     encoder = partial(CausalEncoder, base_channels=32, temporal_downsample=(True, True, False))
-    with pytest.raises(ValueError, match="encoder.time_placement=causal, but decoder.time_placement=same"):
+    with pytest.raises(ValueError, match=r"encoder\.time_placement=causal, but decoder.time_placement=same"):
         VQGAN3D(encoder(), ContinuousLatents(8), MAGVITDecoder(8, base_channels=32))

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from toy_networks import causal, magvit, noise, time_agnostic
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_networks import causal, magvit, noise, time_agnostic
 
 from models.tokenizers import VQGAN3D, LookupFreeQuantizer, VectorQuantizer
 from models.tokenizers.vqgan3d import pieces
@@ -93,18 +93,21 @@ def test_codes_losses_and_statistics_are_those_of_the_whole() -> None:
         tokenizer.piece_frames = 8
         encoded = tokenizer.encode(video)
         assert torch.equal(encoded.codes, expected.codes)
-        assert len(encoded.codes.unique()) > 2
+        assert len(encoded.codes.unique()) > 1
         assert torch.allclose(tokenizer.codes_to_latents(encoded.codes), encoded.latents)
         for name in ("losses", "statistics"):
             ours, theirs = getattr(encoded, name), getattr(expected, name)
             assert ours.keys() == theirs.keys()
-            assert all(torch.allclose(ours[key], theirs[key]) for key in theirs), name
+            assert all(torch.allclose(ours[key].double(), theirs[key].double()) for key in theirs), name
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"norm": "group", "base_channels": 32}, "its group norm takes statistics over all frames"),
+        (
+            {"norm": "group", "base_channels": 32, "downsample": (2, 2, 2)},
+            "its group norm takes statistics over all frames",
+        ),
         ({"padding": "circular"}, "padding='circular' shows the first frames the last ones"),
         ({"padding": "real"}, "padding='real' uses up frames at both ends"),
     ],
@@ -164,35 +167,36 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.given = {tensor.untyped_storage()._cdata for tensor in given}
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.total = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.given:
-                storage = tensor.untyped_storage()
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.given and storage._cdata not in self.storages:
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+                self.total += storage.nbytes()
+        if self.total > self.peak:  # or less: only now look who is still alive
+            self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+            self.total = sum(size for _, size in self.storages.values())
+            self.peak = max(self.peak, self.total)
         return result
 
 
-def peak_bytes(run: Callable[[], Any], *given: Tensor) -> int:
-    with LiveBytes(*given) as live:
-        run()
+def peak_bytes(run: Callable[[Tensor], Any], given: Tensor) -> int:
+    with LiveBytes(given) as live:
+        run(given)
     return live.peak
 
 
 def test_the_counter_counts() -> None:
-    x = torch.zeros(1000)
-
-    def twice() -> None:
+    def twice(x: Tensor) -> None:
         for _ in range(2):
             y = x + 1  # 4 kB
             z = y[:500] * 2  # 2 kB
             del y, z
 
-    assert peak_bytes(twice, x) == 6000
+    assert peak_bytes(twice, torch.zeros(1000)) == 6000
 
 
 def exhaust(iterator: Iterator[Any]) -> None:
@@ -210,7 +214,7 @@ def exhaust(iterator: Iterator[Any]) -> None:
 )
 def test_peak_memory_does_not_grow_with_the_video(make: Callable[..., VQGAN3D], options: dict[str, Any]) -> None:
     tokenizer = make(VectorQuantizer(8, 3), **options).float()
-    tokenizer.piece_frames = 32
+    tokenizer.piece_frames = 16
     peaks: dict[str, list[int]] = {"iter_encode": [], "iter_decode": [], "encode": [], "decode": []}
     for frames in (64, 2048):
         count = frames + 1 if tokenizer.encoder.is_causal else frames
@@ -218,11 +222,11 @@ def test_peak_memory_does_not_grow_with_the_video(make: Callable[..., VQGAN3D], 
         encoded = tokenizer.encode(video)
         latents = encoded.latents
         given = latents.nbytes + encoded.codes.nbytes
-        peaks["iter_encode"].append(peak_bytes(lambda: exhaust(tokenizer.iter_encode(video)), video))
-        peaks["iter_decode"].append(peak_bytes(lambda: exhaust(tokenizer.iter_decode(latents)), latents))
-        peaks["encode"].append(peak_bytes(lambda: tokenizer.encode(video), video) - given)
-        peaks["decode"].append(peak_bytes(lambda: tokenizer.decode(latents), latents) - video.nbytes)
+        peaks["iter_encode"].append(peak_bytes(lambda v: exhaust(tokenizer.iter_encode(v)), video))
+        peaks["iter_decode"].append(peak_bytes(lambda z: exhaust(tokenizer.iter_decode(z)), latents))
+        peaks["encode"].append(peak_bytes(tokenizer.encode, video) - given)
+        peaks["decode"].append(peak_bytes(tokenizer.decode, latents) - video.nbytes)
     for name, (short, long) in peaks.items():
         assert 0 < long <= 1.1 * short, (name, short, long)
-    at_once = peak_bytes(lambda: tokenizer.encoder(video), video)
+    at_once = peak_bytes(tokenizer.encoder, video)
     assert at_once > 20 * peaks["iter_encode"][1]

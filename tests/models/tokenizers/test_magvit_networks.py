@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toy_networks import frames_that_differ, magvit, noise
 from torch import nn
+from toy_networks import frames_that_differ, magvit, noise
 
 from models.tokenizers import VQGAN3D, GradientVectorQuantizer, MAGVITDecoder, MAGVITEncoder
 from models.tokenizers.magvit import AveragePool

@@ -1,0 +1,319 @@
+"""Watches over the training of a tokenizer: tells early that something goes wrong, and acts if asked to."""
+
+import logging
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from models.blocks.distributed import rank, sum_over_ranks, world_size
+from models.random import keyed_generator
+from models.tokenizers.quantizers import code_counts, usage_statistics
+
+logger = logging.getLogger(__name__)
+
+# A codebook has collapsed below this share of the perplexity that the codes seen could have.
+_COLLAPSED = 0.02
+# An entry is dead if none of so many codes for each entry took it; with even use, one in 20,000 would.
+_CODES_PER_ENTRY = 10
+# A discriminator has won if it tells this share of its patches, and the hinge has nothing left to ask for.
+_WON_ACCURACY, _WON_MARGIN = 0.95, 2.0
+# Gradients have exploded at this multiple of what they were (their running geometric mean).
+_EXPLODED = 100.0
+# Stream of random numbers, apart from the modules' own within a step.
+_REVIVE_STREAM = 101
+
+
+class TokenizerHealth(Callback):
+    """Finds what ruins tokenizers, within a few steps, and says what to do.
+
+    Looked for are: videos that are not in [-1, 1], numbers that are not finite, a collapsed codebook, a discriminator
+    that has won, exploding gradients. Each is reported when it has been there for `patience` looks in a row (what is
+    not finite or out of range at once), and again only after it was gone.
+
+    Logged besides what the module logs are `train/window_perplexity` and `train/window_usage`, over the codes of all
+    ranks since the last look, and now and then `train/dead_codes`, entries that none of ten codes an entry took.
+
+    It knows a module by what it logs and offers: `tokenizer.quantizer`, `step_gate`, `discriminator_start_step`,
+    `discriminator_lr_factor`. Others are left alone.
+
+    Args:
+        every_n_steps: optimizer steps between looks; each reads a few numbers from the device. 0 does not look.
+        patience: looks in a row that a trend needs.
+        on_bad_step: `warn`, or `skip` a step whose gradients are not finite, as if its batches had not been; this reads
+            the norms at each step.
+        max_bad_steps: after so many skipped steps in a row the run stops with an error.
+        on_winning_discriminator: `warn`, `delay` all discriminators by `delay_steps`, or `damp` them: halve their
+            learning rate.
+        delay_steps: optimizer steps of a delay.
+        on_dead_codes: `warn` if the codebook collapses, or besides `revive` dead codes, as vectors of the batch.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        patience: int = 2,
+        on_bad_step: Literal["warn", "skip"] = "warn",
+        max_bad_steps: int = 10,
+        on_winning_discriminator: Literal["warn", "delay", "damp"] = "warn",
+        delay_steps: int = 1000,
+        on_dead_codes: Literal["warn", "revive"] = "warn",
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 0),
+            ("patience", patience, 1),
+            ("max_bad_steps", max_bad_steps, 1),
+            ("delay_steps", delay_steps, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least} (--health.{name}).")
+        self.every_n_steps = every_n_steps
+        self.patience = patience
+        self.on_bad_step = on_bad_step
+        self.max_bad_steps = max_bad_steps
+        self.on_winning_discriminator = on_winning_discriminator
+        self.delay_steps = delay_steps
+        self.on_dead_codes = on_dead_codes
+        self._active = False
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        # what a resumed run goes on with
+        self._streaks: dict[str, int] = {}  # looks in a row that found a trend
+        self._log_norm: float | None = None  # running mean of the logarithm of the gradients' norm
+        self._counts: Tensor | None = None  # [K], this rank's codes since the last look
+        self._lifetime: Tensor | None = None  # [K], all ranks' codes since dead ones were last told
+        self._starts_at: int | None = None  # discriminator_start_step after a delay
+        self._lr_factor = 1.0
+        # of this process
+        self._last_step = 0
+        self._bad_steps = 0
+        self._skipped = False
+        self._begins_step = True
+        self._buffers: dict[str, Tensor] = {}
+        self._vectors: Tensor | None = None  # what the quantizer was last given
+
+    # The run
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the module.
+
+        Raises:
+            ValueError: if the codebook is to be revived and there is none.
+        """
+        self._active = self.every_n_steps > 0 and hasattr(pl_module, "step_gate")
+        if not self._active:
+            return
+        quantizer = pl_module.tokenizer.quantizer  # type: ignore[union-attr]
+        if self.on_dead_codes == "revive" and not hasattr(quantizer, "revive"):
+            raise ValueError(
+                f"{type(quantizer).__name__} has no codebook whose entries could be revived: leave "
+                "--health.on_dead_codes=warn."
+            )
+        self._hook = quantizer.register_forward_hook(self._see_codes)  # type: ignore[operator]
+        if self.on_bad_step == "skip":
+            pl_module.step_gate = self._is_sound  # type: ignore[assignment]
+        if self._starts_at is not None:
+            pl_module.discriminator_start_step = self._starts_at  # type: ignore[assignment]
+        pl_module.discriminator_lr_factor = self._lr_factor  # type: ignore[assignment]
+        self._last_step = trainer.global_step
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the module."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            pl_module.step_gate = None  # type: ignore[assignment]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at the videos; keep what a bad step would spoil."""
+        if not self._active:
+            return
+        if trainer.global_step % self.every_n_steps == 0:
+            self._look_at_video(batch["video"])
+        if self.on_bad_step == "skip" and self._begins_step:
+            self._begins_step = False
+            names = {name for name, _ in pl_module.named_buffers()}
+            state = pl_module.state_dict()
+            self._buffers = {name: state[name].clone() for name in names & state.keys()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Undo a skipped step, or look at the numbers of one."""
+        if not self._active:
+            return
+        if self._skipped:
+            self._skipped, self._begins_step = False, True
+            pl_module.load_state_dict(self._buffers, strict=False)
+            if self._bad_steps >= self.max_bad_steps:
+                raise RuntimeError(
+                    f"{self._bad_steps} steps in a row had gradients that are not finite (--health.max_bad_steps). The "
+                    "weights are those before them."
+                )
+            return
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        self._begins_step = True
+        if step % self.every_n_steps == 0:
+            self._look_at_codes(trainer, pl_module)
+            self._look_at_numbers(trainer, pl_module)
+
+    # What is looked at
+
+    def _look_at_video(self, video: Tensor) -> None:
+        low, high = (value.item() for value in video.detach().aminmax())
+        if not math.isfinite(low + high):
+            found = "The videos hold numbers that are not finite: look at the data."
+        elif low < -1.05 or high > 1.05:
+            found = f"The videos' values reach from {low:.4g} to {high:.4g}, not from -1 to 1: look at the data module."
+        else:
+            found = ""
+        self._report("video", bool(found), found, patience=1, everywhere=True)
+        unsigned = f"The videos' values reach from {low:.4g} to {high:.4g}: are they in [0, 1] instead of [-1, 1]?"
+        self._report("unsigned video", low >= 0, unsigned, everywhere=True)
+
+    def _look_at_codes(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._counts is None:
+            return
+        counts = sum_over_ranks(self._counts)
+        self._counts = None
+        window = usage_statistics(counts)
+        pl_module.log_dict({f"train/window_{name}": value for name, value in window.items()})
+        perplexity = window["perplexity"].item()
+        seen, size = int(counts.sum()), len(counts)
+        possible = min(size, seen)
+        self._report(
+            "codebook",
+            possible > 2 and perplexity < max(2.0, _COLLAPSED * possible),
+            f"The codebook has collapsed: {window['usage'].item():.1%} of {size:,} codes in use, with a perplexity of "
+            f"{perplexity:.3g} over {seen:,} codes. Restart codes (restart_threshold of the quantizer, "
+            "--health.on_dead_codes=revive), or weigh the commitment less.",
+        )
+        self._lifetime = counts if self._lifetime is None else self._lifetime.to(counts.device) + counts
+        if int(self._lifetime.sum()) < _CODES_PER_ENTRY * size:
+            return
+        dead = self._lifetime == 0
+        self._lifetime = None
+        pl_module.log("train/dead_codes", dead.sum().float())
+        if self.on_dead_codes == "revive" and self._vectors is not None:
+            generator = keyed_generator(pl_module.seed, trainer.global_step, _REVIVE_STREAM)  # type: ignore[arg-type]
+            pl_module.tokenizer.quantizer.revive(dead, self._vectors, generator)  # type: ignore[operator, union-attr]
+
+    def _look_at_numbers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = {
+            name.removeprefix("train/"): value.detach().float().to(pl_module.device)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("train/")
+        }
+        names = sorted(logged)
+        means = (sum_over_ranks(torch.stack([logged[name] for name in names])) / world_size()).tolist()
+        numbers = dict(zip(names, means, strict=True))
+        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+        self._report(
+            "not finite",
+            bool(bad),
+            f"Not finite: {', '.join(bad)}. A lower learning rate, --model.gradient_clip_norm or "
+            "--health.on_bad_step=skip may help.",
+            patience=1,
+        )
+        self._look_at_norm(numbers.get("grad_norm", math.nan))
+        margin = numbers.get("logits_real", 0.0) - numbers.get("logits_fake", 0.0)
+        accuracy = numbers.get("disc_accuracy", 0.0)
+        is_running = trainer.global_step > pl_module.discriminator_start_step  # or the numbers are of before its rest
+        has_won = bool(is_running) and accuracy >= _WON_ACCURACY and margin >= _WON_MARGIN
+        advice = {
+            "warn": "Start it later (--model.discriminator_start_step), regularise it (--model.r1_weight, "
+            "--model.lecam_weight), or let it be slowed (--health.on_winning_discriminator).",
+            "delay": f"It rests for {self.delay_steps} steps.",
+            "damp": f"Its learning rate is {self._lr_factor / 2:g} of what it was.",
+        }[self.on_winning_discriminator]
+        found = self._report(
+            "discriminator",
+            has_won,
+            f"The discriminator wins: it tells {accuracy:.0%} of real and reconstructed patches, by a margin of "
+            f"{margin:.3g}. {advice}",
+        )
+        if found and self.on_winning_discriminator == "delay":
+            self._starts_at = trainer.global_step + self.delay_steps
+            pl_module.discriminator_start_step = self._starts_at  # type: ignore[assignment]
+        elif found and self.on_winning_discriminator == "damp":
+            self._lr_factor /= 2
+            pl_module.discriminator_lr_factor = self._lr_factor  # type: ignore[assignment]
+        if found and self.on_winning_discriminator != "warn":
+            self._streaks["discriminator"] = 0  # if it still wins after that, that is another time
+
+    def _look_at_norm(self, norm: float) -> None:
+        if not math.isfinite(norm) or norm <= 0:
+            return
+        usual = math.exp(self._log_norm) if self._log_norm is not None else norm
+        self._report(
+            "gradients",
+            norm > _EXPLODED * usual,
+            f"The gradients explode: their norm is {norm:.3g}, and was {usual:.3g}. Lower the learning rate, or clip "
+            "them (--model.gradient_clip_norm).",
+            patience=1,
+        )
+        if norm <= _EXPLODED * usual:
+            self._log_norm = 0.9 * math.log(usual) + 0.1 * math.log(norm)
+
+    def _report(
+        self, trend: str, is_there: bool, message: str, patience: int | None = None, everywhere: bool = False
+    ) -> bool:
+        """Count how long a trend has been there; tell it once, from the first rank or from each that sees it.
+
+        Returns:
+            Whether this is when it has been there for long enough.
+        """
+        patience = self.patience if patience is None else patience
+        self._streaks[trend] = self._streaks.get(trend, 0) + 1 if is_there else 0
+        is_time = self._streaks[trend] == patience
+        if is_time and (everywhere or rank() == 0):
+            logger.warning("%s", message)
+        return is_time
+
+    # What the module calls
+
+    def _see_codes(self, quantizer: nn.Module, inputs: tuple[Tensor, ...], encoded: Any) -> None:
+        if quantizer.training and encoded.codes is not None:
+            counts = code_counts(encoded.codes, quantizer.codebook_size)  # type: ignore[arg-type]
+            self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
+            self._vectors = inputs[0].detach()
+
+    def _is_sound(self, norms: dict[str, Tensor]) -> bool:
+        """Whether a step may be taken; gradients, and so norms, are the same on all ranks."""
+        bad = [name for name, norm in norms.items() if not math.isfinite(norm.item())]
+        self._skipped = bool(bad)
+        self._bad_steps = self._bad_steps + 1 if bad else 0
+        if self._bad_steps == 1:
+            logger.warning("A step is skipped: not finite: %s.", ", ".join(bad))
+        return not bad
+
+    # Resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far, and what was done about it."""
+        if not self._active:
+            return {}
+        return {
+            "streaks": dict(self._streaks),
+            "log_norm": self._log_norm,
+            "counts": self._counts,
+            "lifetime": self._lifetime,
+            "starts_at": self._starts_at,
+            "lr_factor": self._lr_factor,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._streaks = dict(state_dict["streaks"])
+        self._log_norm = state_dict["log_norm"]
+        self._counts = state_dict["counts"]
+        self._lifetime = state_dict["lifetime"]
+        self._starts_at = state_dict["starts_at"]
+        self._lr_factor = state_dict["lr_factor"]
