@@ -323,6 +323,9 @@ class VQGAN3DModule(LightningModule):
             )
         if self.perceptual is None and self.lpips is None:
             self._load_perceptual()
+        # before a checkpoint's weights are read, which then replace these, and before a callback averages them
+        if stage == "fit" and self.inflate_from is not None and Path(self.inflate_from).exists():
+            self._inflate(Path(self.inflate_from))
 
     def _load_perceptual(self) -> None:
         """Read LPIPS, for the loss and to measure by, or the classifier that is the loss instead."""
@@ -337,16 +340,9 @@ class VQGAN3DModule(LightningModule):
         if self.perceptual_weight > 0 and self.lpips is not None:
             self.__dict__["perceptual"] = self.lpips
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember that the weights are there."""
-        self._is_resumed = True
-
-    def on_fit_start(self) -> None:
-        """Start from a 2D tokenizer, if one is named and this is no run that goes on."""
-        if self.inflate_from is None or self._is_resumed:
-            return
-        kept = inflate(self.tokenizer, load_tokenizer(self.inflate_from).state_dict(), self.inflation)
-        path = Path(self.inflate_from)
+    def _inflate(self, path: Path) -> None:
+        """Start from a 2D tokenizer, and from its discriminator where the paper does and a checkpoint holds it."""
+        kept = inflate(self.tokenizer, load_tokenizer(path).state_dict(), self.inflation)
         if path.is_file() and self.video_discriminator is not None and self.inflation != "last":
             prefix = "video_discriminator."
             state = read_checkpoint(path)["state_dict"].items()
@@ -354,6 +350,19 @@ class VQGAN3DModule(LightningModule):
             kept += inflate(self.video_discriminator, images, self.inflation) if images else []
         if kept and self.global_rank == 0:
             logger.warning("%s holds nothing for %s: they start from scratch.", path, ", ".join(kept))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember that this run goes on."""
+        self._is_resumed = True
+
+    def on_fit_start(self) -> None:
+        """Refuse to begin without the 2D tokenizer that is named; a run that goes on has no need of it.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        if self.inflate_from is not None and not self._is_resumed and not Path(self.inflate_from).exists():
+            raise FileNotFoundError(f"No 2D tokenizer at {self.inflate_from} (--model.inflate_from).")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One pass over the tokenizer, one step of each optimizer."""
