@@ -32,9 +32,10 @@ class VideoNetwork(nn.Module):
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
         """First and last of the input's frames that the output's frames `first` to `last` see."""
-        for layer in reversed(list(self.modules())):
-            if layer is not self and hasattr(layer, "inputs_of"):
-                first, last = layer.inputs_of(first, last)
+        for layer in reversed(list(self.modules())[1:]):
+            inputs_of = getattr(layer, "inputs_of", None)
+            if inputs_of is not None:
+                first, last = inputs_of(first, last)
         return first, last
 
     def whole_clip_reason(self) -> str | None:

@@ -8,6 +8,7 @@ with it the property is lost.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -153,8 +154,9 @@ class TimeAgnosticDecoder(VideoDecoder):
         widths = [base_channels * 2 ** (len(strides) - i) for i in range(len(strides))]
         self.in_channels = widths[0]
         channels = [self.in_channels, *widths]
-        rule = {"padding": padding, "time_placement": time_placement, "is_2d": is_2d}
-        conv, conv_transpose = partial(SamePadConv3d, **rule), partial(SamePadConvTranspose3d, **rule)
+        rule: dict[str, Any] = {"padding": padding, "time_placement": time_placement, "is_2d": is_2d}
+        conv: MakeConv = partial(SamePadConv3d, **rule)
+        conv_transpose: MakeConvTranspose = partial(SamePadConvTranspose3d, **rule)
         norms = partial(make_norm, norm)
         self.final_block = nn.Sequential(norms(self.in_channels), nn.SiLU())  # comes first; official name
         self.conv_blocks = nn.ModuleList(

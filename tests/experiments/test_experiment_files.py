@@ -56,7 +56,23 @@ def ucf101(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def toy_size(config: dict[str, Any], tokenizer: Path, ucf101: Path) -> list[str]:
+@pytest.fixture(scope="session")
+def bair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two records of BAIR's for each split, grey."""
+    from datamodules.bair import NUM_FRAMES
+    from datamodules.tfrecord import write_records
+    from experiments.make_layouts import bair_record
+
+    root = tmp_path_factory.mktemp("bair")
+    record = bair_record(np.full((NUM_FRAMES, 64, 64, 3), 100, np.uint8))
+    for split in ("train", "test"):
+        folder = root / "softmotion30_44k" / split
+        folder.mkdir(parents=True)
+        write_records(folder / "traj_0_to_1.tfrecords", [record] * 2)
+    return root
+
+
+def toy_size(config: dict[str, Any], tokenizer: Path, data_root: Path) -> list[str]:
     """Flags that shrink an experiment, and leave its kind of model, data, curriculum and precision as they are."""
     data, model = last_name(config["data"]), last_name(config["model"])
     flags = {
@@ -71,10 +87,10 @@ def toy_size(config: dict[str, Any], tokenizer: Path, ucf101: Path) -> list[str]
         "data.num_frames": min(config["data"]["init_args"]["num_frames"], 32),
     }
     flags |= {
-        "UCF101DataModule": {"data.root": ucf101, "data.num_workers": 0},
+        "UCF101DataModule": {"data.root": data_root, "data.num_workers": 0},
         "MovingShapesDataModule": {"data.num_train": 4, "data.num_val": 2},
-        "FramesDataModule": {"data.root": ucf101 / "UCF-101", "data.num_workers": 0},
-        "BAIRDataModule": {"data.root": ucf101 / "bair", "data.num_workers": 0},
+        "FramesDataModule": {"data.root": data_root / "UCF-101", "data.num_workers": 0},
+        "BAIRDataModule": {"data.root": data_root, "data.num_workers": 0},
     }[data]
     flags |= {
         "MeBTModule": {
@@ -121,10 +137,11 @@ def toy_tokenizer_size(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_experiment_makes_a_step_and_a_validation_at_toy_size(
-    name: str, world: Path, ucf101: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, world: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = toy_size(resolved(name), world / "tokenizer", ucf101)
+    data_root = request.getfixturevalue("bair" if "bair" in name else "ucf101")
+    flags = toy_size(resolved(name), world / "tokenizer", data_root)
     trainer = run(["fit", f"--config={FILES[name]}", *flags]).trainer
     assert trainer.global_step == 1
     assert {"train/loss", "val/loss"} <= trainer.callback_metrics.keys()
