@@ -136,10 +136,13 @@ class EMA(Callback):
 
 def averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
     """By name, what an average of the weights is taken of, see `EMA`."""
-    tensors = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    tensors: dict[str, Tensor] = {
+        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
     for prefix, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
-            tensors |= {f"{prefix}.running_mean": layer.running_mean, f"{prefix}.running_var": layer.running_var}
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            statistics = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in statistics.items() if tensor is not None}
     excluded = tuple(f"{prefix}." for prefix in getattr(module, "not_averaged", ()))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(excluded)}
 

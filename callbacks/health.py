@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.blocks.distributed import rank, sum_over_ranks, world_size
 from models.random import keyed_generator
-from models.tokenizers.quantizers import code_counts, usage_statistics
+from models.tokenizers.quantizers import Encoded, Quantizer, code_counts, usage_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -107,18 +107,19 @@ class TokenizerHealth(Callback):
         self._active = self.every_n_steps > 0 and hasattr(pl_module, "step_gate")
         if not self._active:
             return
-        quantizer = pl_module.tokenizer.quantizer  # type: ignore[union-attr]
+        module: Any = pl_module  # an interface, not a class
+        quantizer = module.tokenizer.quantizer
         if self.on_dead_codes == "revive" and not hasattr(quantizer, "revive"):
             raise ValueError(
                 f"{type(quantizer).__name__} has no codebook whose entries could be revived: leave "
                 "--health.on_dead_codes=warn."
             )
-        self._hook = quantizer.register_forward_hook(self._see_codes)  # type: ignore[operator]
+        self._hook = quantizer.register_forward_hook(self._see_codes)
         if self.on_bad_step == "skip":
-            pl_module.step_gate = self._is_sound  # type: ignore[assignment]
+            module.step_gate = self._is_sound
         if self._starts_at is not None:
-            pl_module.discriminator_start_step = self._starts_at  # type: ignore[assignment]
-        pl_module.discriminator_lr_factor = self._lr_factor  # type: ignore[assignment]
+            module.discriminator_start_step = self._starts_at
+        module.discriminator_lr_factor = self._lr_factor
         self._last_step = trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +127,8 @@ class TokenizerHealth(Callback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-            pl_module.step_gate = None  # type: ignore[assignment]
+            module: Any = pl_module
+            module.step_gate = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the videos; keep what a bad step would spoil."""
@@ -178,13 +180,13 @@ class TokenizerHealth(Callback):
         unsigned = f"The videos' values reach from {low:.4g} to {high:.4g}: are they in [0, 1] instead of [-1, 1]?"
         self._report("unsigned video", low >= 0, unsigned, everywhere=True)
 
-    def _look_at_codes(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _look_at_codes(self, trainer: Trainer, module: Any) -> None:
         if self._counts is None:
             return
         counts = sum_over_ranks(self._counts)
         self._counts = None
         window = usage_statistics(counts)
-        pl_module.log_dict({f"train/window_{name}": value for name, value in window.items()})
+        module.log_dict({f"train/window_{name}": value for name, value in window.items()})
         perplexity = window["perplexity"].item()
         seen, size = int(counts.sum()), len(counts)
         possible = min(size, seen)
@@ -200,14 +202,14 @@ class TokenizerHealth(Callback):
             return
         dead = self._lifetime == 0
         self._lifetime = None
-        pl_module.log("train/dead_codes", dead.sum().float())
+        module.log("train/dead_codes", dead.sum().float())
         if self.on_dead_codes == "revive" and self._vectors is not None:
-            generator = keyed_generator(pl_module.seed, trainer.global_step, _REVIVE_STREAM)  # type: ignore[arg-type]
-            pl_module.tokenizer.quantizer.revive(dead, self._vectors, generator)  # type: ignore[operator, union-attr]
+            generator = keyed_generator(module.seed, trainer.global_step, _REVIVE_STREAM)
+            module.tokenizer.quantizer.revive(dead, self._vectors, generator)
 
-    def _look_at_numbers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _look_at_numbers(self, trainer: Trainer, module: Any) -> None:
         logged = {
-            name.removeprefix("train/"): value.detach().float().to(pl_module.device)
+            name.removeprefix("train/"): value.detach().float().to(module.device)
             for name, value in trainer.callback_metrics.items()
             if name.startswith("train/")
         }
@@ -225,7 +227,7 @@ class TokenizerHealth(Callback):
         self._look_at_norm(numbers.get("grad_norm", math.nan))
         margin = numbers.get("logits_real", 0.0) - numbers.get("logits_fake", 0.0)
         accuracy = numbers.get("disc_accuracy", 0.0)
-        is_running = trainer.global_step > pl_module.discriminator_start_step  # or the numbers are of before its rest
+        is_running = trainer.global_step > module.discriminator_start_step  # or the numbers are of before its rest
         has_won = bool(is_running) and accuracy >= _WON_ACCURACY and margin >= _WON_MARGIN
         advice = {
             "warn": "Start it later (--model.discriminator_start_step), regularise it (--model.r1_weight, "
@@ -241,10 +243,10 @@ class TokenizerHealth(Callback):
         )
         if found and self.on_winning_discriminator == "delay":
             self._starts_at = trainer.global_step + self.delay_steps
-            pl_module.discriminator_start_step = self._starts_at  # type: ignore[assignment]
+            module.discriminator_start_step = self._starts_at
         elif found and self.on_winning_discriminator == "damp":
             self._lr_factor /= 2
-            pl_module.discriminator_lr_factor = self._lr_factor  # type: ignore[assignment]
+            module.discriminator_lr_factor = self._lr_factor
         if found and self.on_winning_discriminator != "warn":
             self._streaks["discriminator"] = 0  # if it still wins after that, that is another time
 
@@ -279,9 +281,9 @@ class TokenizerHealth(Callback):
 
     # What the module calls
 
-    def _see_codes(self, quantizer: nn.Module, inputs: tuple[Tensor, ...], encoded: Any) -> None:
-        if quantizer.training and encoded.codes is not None:
-            counts = code_counts(encoded.codes, quantizer.codebook_size)  # type: ignore[arg-type]
+    def _see_codes(self, quantizer: Quantizer, inputs: tuple[Tensor, ...], encoded: Encoded) -> None:
+        if quantizer.training and encoded.codes is not None and quantizer.codebook_size is not None:
+            counts = code_counts(encoded.codes, quantizer.codebook_size)
             self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
             self._vectors = inputs[0].detach()
 
