@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,10 +18,12 @@ from models.metrics.frames import frame_ssim
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
 from models.tokenizers.discriminators import PatchDiscriminator
+from models.tokenizers.inflation import Inflation, inflate
 from models.tokenizers.losses import LPIPS, GANLoss, LeCam, discriminator_terms, generator_terms, pick_frames
 from models.tokenizers.quantizers import Encoded, code_counts, usage_statistics
 from models.tokenizers.timm_perceptual import TimmPerceptual
 from models.tokenizers.vqgan3d import VQGAN3D
+from models.weights import load_tokenizer, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,9 @@ class VQGAN3DModule(LightningModule):
         perceptual_weights: Folder with vgg16-397923af.pth (torchvision) and vgg.pth (LPIPS 0.1), or the file with the
             weights of the timm model. Without them the perceptual loss is off, and a warning says so. With LPIPS'
             weights, validation measures LPIPS too.
+        inflate_from: Bundle or checkpoint of a 2D tokenizer that a new run starts from; null starts from scratch.
+        inflation: How its kernels grow in time: `central` in MAGVIT, `average`, or `last` in MAGVIT-v2. With the first
+            two the clip discriminator starts from the 2D one, if a checkpoint holds it.
         seed: Keys the random frames and the codebook's restarts.
     """
 
@@ -108,6 +114,8 @@ class VQGAN3DModule(LightningModule):
         gradient_clip_norm: float = 1.0,
         accumulate_grad_batches: int = 1,
         perceptual_weights: str = "weights/lpips",
+        inflate_from: str | None = None,
+        inflation: Inflation = "central",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -148,6 +156,9 @@ class VQGAN3DModule(LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.accumulate_grad_batches = accumulate_grad_batches
         self.perceptual_weights = perceptual_weights
+        self.inflate_from = inflate_from
+        self.inflation: Inflation = inflation
+        self._is_resumed = False
         self.seed = seed
         patches: dict[str, Any] = {"base_channels": discriminator_channels, "num_layers": discriminator_layers}
         self.image_discriminator = self.video_discriminator = None
@@ -312,6 +323,9 @@ class VQGAN3DModule(LightningModule):
             )
         if self.perceptual is None and self.lpips is None:
             self._load_perceptual()
+        # before a checkpoint's weights are read, which then replace these, and before a callback averages them
+        if stage == "fit" and self.inflate_from is not None and Path(self.inflate_from).exists():
+            self._inflate(Path(self.inflate_from))
 
     def _load_perceptual(self) -> None:
         """Read LPIPS, for the loss and to measure by, or the classifier that is the loss instead."""
@@ -326,14 +340,38 @@ class VQGAN3DModule(LightningModule):
         if self.perceptual_weight > 0 and self.lpips is not None:
             self.__dict__["perceptual"] = self.lpips
 
+    def _inflate(self, path: Path) -> None:
+        """Start from a 2D tokenizer, and from its discriminator where the paper does and a checkpoint holds it."""
+        kept = inflate(self.tokenizer, load_tokenizer(path).state_dict(), self.inflation)
+        if path.is_file() and self.video_discriminator is not None and self.inflation != "last":
+            prefix = "video_discriminator."
+            state = read_checkpoint(path)["state_dict"].items()
+            images = {name.removeprefix(prefix): tensor for name, tensor in state if name.startswith(prefix)}
+            kept += inflate(self.video_discriminator, images, self.inflation) if images else []
+        if kept and self.global_rank == 0:
+            logger.warning("%s holds nothing for %s: they start from scratch.", path, ", ".join(kept))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember that this run goes on."""
+        self._is_resumed = True
+
+    def on_fit_start(self) -> None:
+        """Refuse to begin without the 2D tokenizer that is named; a run that goes on has no need of it.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        if self.inflate_from is not None and not self._is_resumed and not Path(self.inflate_from).exists():
+            raise FileNotFoundError(f"No 2D tokenizer at {self.inflate_from} (--model.inflate_from).")
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One pass over the tokenizer, one step of each optimizer."""
         generator_optimizer, *discriminator_optimizers = self._optimizers()
         adversarial = bool(discriminator_optimizers) and self.global_step >= self.discriminator_start_step
         part = batch_idx % self.accumulate_grad_batches
         steps = part == self.accumulate_grad_batches - 1 or self.trainer.is_last_batch
-        frames = self._draw_frames(batch["video"], part)
-        pixels = self.tokenizer.to_native(batch["video"])
+        pixels = self.tokenizer.to_native(self.tokenizer.reconstructed_frames(batch["video"]))
+        frames = self._draw_frames(pixels, part)
 
         with generator_optimizer.toggle_model(sync_grad=steps):
             draws = keyed_generator(self.seed, self.global_step, QUANTIZER_STREAM, part)
@@ -405,9 +443,9 @@ class VQGAN3DModule(LightningModule):
         PSNR is of whole clips; SSIM (of frames of at least 11 x 11 pixels) and LPIPS (if its weights are there) are
         means over all frames.
         """
-        video = batch["video"]
+        reconstruction, encoded = self.tokenizer(batch["video"])
+        video = self.tokenizer.reconstructed_frames(batch["video"])
         pixels = self.tokenizer.to_native(video)
-        reconstruction, encoded = self.tokenizer(video)
         middle = torch.full((len(video),), video.shape[2] // 2, device=video.device)
         terms = self.generator_losses(pixels, reconstruction, encoded, middle, adversarial=False)
         shown = self.tokenizer.from_native(reconstruction).clamp(-1, 1).to(video.dtype)
@@ -449,4 +487,4 @@ class VQGAN3DModule(LightningModule):
         self.tokenizer.eval()  # looking must not move codebook or batch statistics
         reconstruction = self.tokenizer.decode(self.tokenizer.encode(video).latents)
         self.tokenizer.train(was_training)
-        return torch.cat([video, reconstruction.to(video.dtype)], dim=3)
+        return torch.cat([self.tokenizer.reconstructed_frames(video), reconstruction.to(video.dtype)], dim=3)

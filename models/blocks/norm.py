@@ -2,11 +2,12 @@
 
 from typing import Literal
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.blocks.distributed import sum_over_ranks, world_size
 
-Norm = Literal["batch", "group"]
+Norm = Literal["batch", "group", "frame_group"]
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -50,14 +51,32 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return (centered * scale.view(channels) + self.bias.view(channels)).to(input.dtype)
 
 
-def make_norm(norm: Norm, channels: int) -> nn.Module:
-    """Build a normalisation layer as TATS sets it: batch (epsilon 1e-5) or 32 groups (epsilon 1e-6).
+class FrameGroupNorm(nn.GroupNorm):
+    """Group normalisation of each frame by itself: what a causal network needs (MAGVIT-v2).
+
+    Statistics over the whole clip would tell the first frame of the last one, and an image would be another one as a
+    video of a single frame.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `[B, C, T, H, W]` over the height, width and channels of a group."""
+        if input.shape[2] == 0:  # a piece of a stream
+            return input
+        frames = super().forward(rearrange(input, "b c t h w -> (b t) c h w"))
+        return rearrange(frames, "(b t) c h w -> b c t h w", b=len(input))
+
+
+def make_norm(norm: Norm, channels: int, num_groups: int = 32) -> nn.Module:
+    """Build a normalisation layer: batch (epsilon 1e-5), or group of the clip or of each frame (epsilon 1e-6).
 
     Raises:
-        ValueError: if the channels do not divide into 32 groups.
+        ValueError: if the channels do not divide into the groups.
     """
     if norm == "batch":
         return SyncBatchNorm(channels)
-    if channels % 32:
-        raise ValueError(f"norm='group' has 32 groups, which do not divide {channels} channels: raise base_channels")
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    if channels % num_groups:
+        raise ValueError(
+            f"norm='{norm}' has {num_groups} groups, which do not divide {channels} channels: raise base_channels"
+        )
+    layer = nn.GroupNorm if norm == "group" else FrameGroupNorm
+    return layer(num_groups, channels, eps=1e-6)

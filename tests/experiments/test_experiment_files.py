@@ -15,7 +15,9 @@ import yaml
 from callbacks import ShortToLongCurriculum
 from experiments.cli import ROOT, main
 from experiments.lightning_cli import run
-from lightning_modules import MeBTModule
+from lightning_modules import MeBTModule, VQGAN3DModule
+from models.tokenizers import LPIPS, StyleGANDiscriminator
+from models.tokenizers.inflation import inflate
 from models.weights import build
 
 FILES = {file.stem: file for file in sorted((ROOT / "experiments").glob("*.yaml"))}
@@ -54,9 +56,25 @@ def ucf101(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def toy_size(config: dict[str, Any], tokenizer: Path, ucf101: Path) -> list[str]:
+@pytest.fixture(scope="session")
+def bair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two records of BAIR's for each split, grey."""
+    from datamodules.bair import NUM_FRAMES
+    from datamodules.tfrecord import write_records
+    from experiments.make_layouts import bair_record
+
+    root = tmp_path_factory.mktemp("bair")
+    record = bair_record(np.full((NUM_FRAMES, 64, 64, 3), 100, np.uint8))
+    for split in ("train", "test"):
+        folder = root / "softmotion30_44k" / split
+        folder.mkdir(parents=True)
+        write_records(folder / "traj_0_to_1.tfrecords", [record] * 2)
+    return root
+
+
+def toy_size(config: dict[str, Any], tokenizer: Path, data_root: Path) -> list[str]:
     """Flags that shrink an experiment, and leave its kind of model, data, curriculum and precision as they are."""
-    data, model = config["data"]["class_path"].split(".")[-1], config["model"]["class_path"].split(".")[-1]
+    data, model = last_name(config["data"]), last_name(config["model"])
     flags = {
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
@@ -69,8 +87,10 @@ def toy_size(config: dict[str, Any], tokenizer: Path, ucf101: Path) -> list[str]
         "data.num_frames": min(config["data"]["init_args"]["num_frames"], 32),
     }
     flags |= {
-        "UCF101DataModule": {"data.root": ucf101, "data.num_workers": 0},
+        "UCF101DataModule": {"data.root": data_root, "data.num_workers": 0},
         "MovingShapesDataModule": {"data.num_train": 4, "data.num_val": 2},
+        "FramesDataModule": {"data.root": data_root / "UCF-101", "data.num_workers": 0},
+        "BAIRDataModule": {"data.root": data_root, "data.num_workers": 0},
     }[data]
     flags |= {
         "MeBTModule": {
@@ -81,25 +101,47 @@ def toy_size(config: dict[str, Any], tokenizer: Path, ucf101: Path) -> list[str]
             "model.num_latents": 4,
             "model.sampling.num_steps": 2,
         },
-        "VQGAN3DModule": {
-            "data.num_frames": 8,
-            "model.tokenizer.encoder.base_channels": 4,
-            "model.tokenizer.decoder.base_channels": 4,
-            "model.tokenizer.quantizer.codebook_size": 16,
-            "model.tokenizer.quantizer.dim": 8,
-            "model.discriminator_channels": 4,
-            "model.discriminator_start_step": 0,
-        },
+        "VQGAN3DModule": toy_tokenizer_size(config),
     }[model]
     return [f"--{key}={value}" for key, value in flags.items()]
 
 
+def last_name(section: dict[str, Any]) -> str:
+    """Of a section's class."""
+    return section["class_path"].split(".")[-1]
+
+
+def toy_tokenizer_size(config: dict[str, Any]) -> dict[str, Any]:
+    """Those flags of a tokenizer; it keeps its downsampling, its dimensions and its kinds of quantizer and losses."""
+    if last_name(config["model"]) != "VQGAN3DModule":
+        return {}
+    parts = config["model"]["init_args"]["tokenizer"]["init_args"]
+    encoder, quantizer = last_name(parts["encoder"]), last_name(parts["quantizer"])
+    frames = config["data"]["init_args"]["num_frames"]
+    toy_frames = {1: 1, 17: 5}.get(frames, 8)
+    flags: dict[str, Any] = {
+        "data.num_frames": toy_frames,
+        "model.tokenizer.encoder.base_channels": 4,
+        "model.tokenizer.decoder.base_channels": 4,
+        "model.discriminator_start_step": 0,
+    }
+    if quantizer in ("VectorQuantizer", "GradientVectorQuantizer"):
+        flags["model.tokenizer.quantizer.codebook_size"] = 16
+    if encoder == "TimeAgnosticEncoder":
+        return flags | {"model.tokenizer.quantizer.dim": 8, "model.discriminator_channels": 4}
+    for network in ("encoder", "decoder"):
+        flags |= {f"model.tokenizer.{network}.{name}": n for name, n in (("norm_groups", 2), ("num_res_blocks", 1))}
+    discriminator = {"base_channels": 2, "num_frames": toy_frames, "resolution": 32}
+    return flags | {f"model.video_discriminator.{name}": value for name, value in discriminator.items()}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_experiment_makes_a_step_and_a_validation_at_toy_size(
-    name: str, world: Path, ucf101: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, world: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = toy_size(resolved(name), world / "tokenizer", ucf101)
+    data_root = request.getfixturevalue("bair" if "bair" in name else "ucf101")
+    flags = toy_size(resolved(name), world / "tokenizer", data_root)
     trainer = run(["fit", f"--config={FILES[name]}", *flags]).trainer
     assert trainer.global_step == 1
     assert {"train/loss", "val/loss"} <= trainer.callback_metrics.keys()
@@ -134,10 +176,61 @@ def test_prior_has_the_published_size(name: str, parameters: int) -> None:
     assert sum(parameter.numel() for parameter in module.parameters()) == parameters
 
 
-def test_tokenizer_has_the_published_size() -> None:
+def parameters(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "discriminators", "latents"),
+    [
+        ("vqgan3d_ucf101", 23_652_227, 13_824_386, (4, 16, 16)),
+        ("vqgan3d_256", 95_622_275, 13_824_386, (4, 16, 16)),
+        ("vqgan3d_magvit_b_ucf101", 40_579_843, 15_339_457, (4, 16, 16)),
+        ("vqgan3d_magvit_b_ucf101_released", 40_579_843, 15_339_457, (4, 16, 16)),
+        ("vqgan3d_magvit_l_ucf101", 157_811_971, 61_341_569, (4, 16, 16)),
+        ("vqgan3d_magvit_b_bair", 36_596_355, 11_734_465, (4, 16, 16)),
+        ("vqgan3d_magvit_l_bair", 141_882_371, 46_922_625, (4, 16, 16)),
+        ("vqgan2d_magvit_b_ucf101", 13_809_667, 5_972_545, (1, 16, 16)),
+        ("vqgan2d_magvit_l_ucf101", 53_104_387, 23_880_833, (1, 16, 16)),
+        ("vqgan3d_magvit2_ucf101", 370_547_349, 61_341_569, (5, 16, 16)),
+        ("vqgan3d_magvit2_k4_ucf101", 376_003_221, 61_341_569, (5, 16, 16)),
+        ("vqgan2d_magvit2_ucf101", 112_021_653, 23_880_833, (1, 16, 16)),
+        ("vqgan3d_walt_ucf101", 375_829_131, 61_341_569, (5, 16, 16)),
+    ],
+)
+def test_tokenizer_has_the_published_size(
+    name: str, tokenizer: int, discriminators: int, latents: tuple[int, int, int]
+) -> None:
+    config = resolved(name)
+    data, options = config["data"]["init_args"], dict(config["model"]["init_args"])
     with torch.device("meta"):
-        tokenizer = build(resolved("vqgan3d_ucf101")["model"]["init_args"]["tokenizer"])
-    assert sum(parameter.numel() for parameter in tokenizer.parameters()) == 23_652_227
+        for part in ("tokenizer", "image_discriminator", "video_discriminator"):
+            options[part] = options[part] and build(options[part])
+        module = VQGAN3DModule(**options)
+    assert parameters(module.tokenizer) == tokenizer
+    assert parameters(module) == tokenizer + discriminators
+    assert module.tokenizer.latent_shape(data["num_frames"], data["resolution"], data["resolution"]) == latents
+    discriminator = module.video_discriminator
+    if isinstance(discriminator, StyleGANDiscriminator):
+        assert discriminator.clip_size == (data["num_frames"], data["resolution"], data["resolution"])
+
+
+def test_tats_trains_as_many_parameters_as_published() -> None:
+    with torch.device("meta"):
+        lpips = LPIPS()
+    assert 23_652_227 + 13_824_386 + parameters(lpips) == 52_192_773
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("vqgan2d")])
+def test_a_2d_tokenizer_can_be_inflated_to_its_3d_twin(name: str) -> None:
+    networks = {}
+    for dimensions in ("2d", "3d"):
+        config = resolved(name.replace("2d", dimensions))["model"]["init_args"]
+        with torch.device("meta"):
+            networks[dimensions] = build(config["tokenizer"])
+    inflation = config["inflation"]
+    assert inflation == ("last" if "magvit2" in name else "central")
+    assert inflate(networks["3d"], networks["2d"].state_dict(), inflation) == []
 
 
 def mean_lengths(name: str, steps: list[int]) -> list[float]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.blocks.norm import SyncBatchNorm, make_norm
+from models.blocks.norm import FrameGroupNorm, SyncBatchNorm, make_norm
 
 TwoRanks = list[dict[str, dict[str, Tensor]]]
 
@@ -47,3 +47,14 @@ def test_batch_and_group_norm_are_set_as_in_tats() -> None:
 def test_group_norm_refuses_channels_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="do not divide 48 channels: raise base_channels"):
         make_norm("group", 48)
+
+
+def test_frame_group_norm_treats_each_frame_as_an_image() -> None:
+    norm = make_norm("frame_group", 8, num_groups=2)
+    assert isinstance(norm, FrameGroupNorm)
+    torch.nn.init.uniform_(norm.weight)
+    torch.nn.init.uniform_(norm.bias)
+    x = torch.randn(2, 8, 3, 5, 4) * torch.tensor([1.0, 5.0, 0.1]).view(3, 1, 1)
+    images = [nn.functional.group_norm(x[:, :, t], 2, norm.weight, norm.bias, 1e-6) for t in range(3)]
+    assert torch.allclose(norm(x), torch.stack(images, dim=2), atol=1e-6)
+    assert not torch.allclose(norm(x), nn.functional.group_norm(x, 2, norm.weight, norm.bias, 1e-6), atol=0.1)

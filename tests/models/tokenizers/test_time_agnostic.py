@@ -1,10 +1,12 @@
 """Behaviour of TATS' encoder and decoder in evaluation, in float64, with random weights and running statistics."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from models.blocks.conv import Padding, SamePadConv3d, SamePadConvTranspose3d
+from models.blocks.conv import Padding, SamePadConv3d, SamePadConvTranspose3d, TimePlacement
 from models.random import keyed_generator
 from models.tokenizers import VQGAN3D, TimeAgnosticDecoder, TimeAgnosticEncoder, VectorQuantizer
 
@@ -25,11 +27,11 @@ def randomised(network: nn.Module) -> nn.Module:
     return network.requires_grad_(False)
 
 
-def encoder(downsample: Triple = (4, 8, 8), base_channels: int = 2, **options: str) -> TimeAgnosticEncoder:
+def encoder(downsample: Triple = (4, 8, 8), base_channels: int = 2, **options: Any) -> TimeAgnosticEncoder:
     return randomised(TimeAgnosticEncoder(base_channels=base_channels, downsample=downsample, **options))
 
 
-def decoder(downsample: Triple = (4, 8, 8), base_channels: int = 2, **options: str) -> TimeAgnosticDecoder:
+def decoder(downsample: Triple = (4, 8, 8), base_channels: int = 2, **options: Any) -> TimeAgnosticDecoder:
     return randomised(TimeAgnosticDecoder(base_channels=base_channels, downsample=downsample, **options))
 
 
@@ -211,3 +213,75 @@ def test_valid_frames_are_the_multiples_of_the_temporal_factor() -> None:
 def test_factors_that_are_no_powers_of_two_are_refused(downsample: Triple) -> None:
     with pytest.raises(ValueError, match="expected powers of two"):
         TimeAgnosticEncoder(downsample=downsample)
+
+
+@pytest.mark.parametrize("placement", ["same", "causal"])
+def test_real_padding_takes_the_neighbours_that_the_clip_brings_along(placement: TimePlacement) -> None:
+    """The latents of a window with its neighbours are those that the window has in the middle of a long video."""
+    rule = {"time_placement": placement}
+    network, padded = encoder(padding="real", **rule), encoder(padding="replicate", **rule)
+    before, after = network.margin_frames()
+    assert (before, after) == ((32, 28) if placement == "same" else (63, 0))
+    extra = 1 if placement == "causal" else 0
+    long = noise(1, 3, 200 + extra, 8, 8)
+    whole = padded(long)
+    window = long[:, :, 80 - before : 80 + 16 + extra + after]  # neighbours, 16 frames, neighbours
+    assert network.latent_shape(window.shape[2], 8, 8) == (4 + extra, 1, 1)
+    assert torch.allclose(network(window), whole[:, :, 20 : 24 + extra], atol=1e-12)
+    assert not network.valid_frames(16)
+    with pytest.raises(ValueError, match=r"frames=16 .* the neighbours that padding='real' uses up"):
+        network.latent_shape(16, 8, 8)
+
+
+@pytest.mark.parametrize("placement", ["same", "causal"])
+def test_a_real_decoder_gives_the_frames_whose_neighbouring_latents_are_there(placement: TimePlacement) -> None:
+    rule = {"time_placement": placement}
+    network, padded = decoder(padding="real", **rule), decoder(padding="replicate", **rule)
+    before, after = network.margin_latents()
+    assert (before, after) == ((6, 6) if placement == "same" else (11, 0))
+    features = noise(1, 16, 20, 1, 1)
+    frames = network(features)
+    assert frames.shape[2] == network.frames_of(20) == (32 if placement == "same" else 33)
+    first = 4 * before
+    assert torch.allclose(frames, padded(features)[:, :, first : first + frames.shape[2]], atol=1e-12)
+    with pytest.raises(ValueError, match=f"too few for padding='real': expected {before + after + 1}"):
+        network(features[:, :, : before + after])
+
+
+def test_a_reconstruction_is_compared_with_the_frames_that_it_shows() -> None:
+    rule: dict[str, Any] = {"base_channels": 2, "padding": "real"}
+    tokenizer = VQGAN3D(TimeAgnosticEncoder(**rule), VectorQuantizer(8, 3), TimeAgnosticDecoder(**rule)).eval()
+    video = noise(1, 3, 60 + 48 + 16, 8, 8).float()
+    reconstruction, encoded = tokenizer(video)
+    assert encoded.codes.shape == (1, 4 + 12, 1, 1)
+    assert torch.equal(tokenizer.reconstructed_frames(video), video[:, :, 32 + 24 : 32 + 24 + 16])
+    assert reconstruction.shape[2] == 16
+    assert tokenizer.context_frames() is None
+
+
+def test_causal_placement_reaches_every_convolution() -> None:
+    for network in (encoder(time_placement="causal"), decoder(time_placement="causal")):
+        ours = [m for m in network.modules() if isinstance(m, SamePadConv3d | SamePadConvTranspose3d)]
+        assert {conv.time_placement for conv in ours} == {"causal"}
+    network, inverse = encoder(time_placement="causal"), decoder(time_placement="causal")
+    video = noise(1, 3, 17, 8, 8)
+    features = network(video)
+    frames = inverse(features)
+    assert (features.shape[2], frames.shape[2]) == (5, 17)
+    assert network.latent_shape(17, 8, 8) == (5, 1, 1)
+    changed = video.clone()
+    changed[:, :, 9:] += 1
+    assert frames_differ(network(changed), features) == [3, 4]  # latents 0, 1 and 2 end with frames 0, 4 and 8
+    changed = features.clone()
+    changed[:, :, 3:] += 1
+    assert frames_differ(inverse(changed), frames) == list(range(9, 17))
+
+
+def test_a_2d_network_works_frame_by_frame() -> None:
+    network, inverse = encoder((1, 8, 8), is_2d=True), decoder((1, 8, 8), is_2d=True)
+    video = noise(1, 3, 3, 8, 8)
+    features = network(video)
+    assert torch.allclose(features[:, :, 1:2], network(video[:, :, 1:2]), atol=1e-12)
+    assert torch.allclose(inverse(features)[:, :, 1:2], inverse(features[:, :, 1:2]), atol=1e-12)
+    with pytest.raises(ValueError, match=r"a 2D network \(is_2d\) keeps every frame"):
+        TimeAgnosticEncoder(is_2d=True)
