@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.blocks.conv import Padding, SamePadConv3d, SamePadConvTranspose3d, Stream, TimePlacement
@@ -74,6 +75,8 @@ class TimeAgnosticEncoder(VideoEncoder):
             pads no time: the clip holds the neighbouring frames of those that it is encoded for.
         time_placement: Where time is padded: `same` on both sides, or `causal` in front, for `1 + f k` frames.
         is_2d: Kernels cover one frame: a tokenizer of images, which `inflate_from` takes. Needs 1 frame a latent.
+        patch_size: Pixels a side of the patches that come in as channels. TATS has 1; with 2, full resolution, where
+            most of the time goes, has no convolutions, and `downsample` counts the patch.
     """
 
     def __init__(
@@ -85,17 +88,19 @@ class TimeAgnosticEncoder(VideoEncoder):
         padding: Padding = "replicate",
         time_placement: TimePlacement = "same",
         is_2d: bool = False,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.downsample = (downsample[0], downsample[1], downsample[2])
+        self.patch_size = patch_size
         self.padding: Padding = padding
         self.time_placement: TimePlacement = time_placement
-        strides = stage_strides(self.downsample, is_2d)
+        strides = stage_strides(self.downsample, is_2d, patch_size)
         channels = [base_channels * 2**i for i in range(len(strides) + 1)]
         self.out_channels = channels[-1]
         conv = partial(SamePadConv3d, padding=padding, time_placement=time_placement, is_2d=is_2d)
         norms = partial(make_norm, norm)
-        self.conv_first = conv(in_channels, base_channels)
+        self.conv_first = conv(in_channels * patch_size**2, base_channels)
         self.conv_blocks = nn.ModuleList(
             EncoderStage(channels[i], channels[i + 1], stride, norms, conv) for i, stride in enumerate(strides)
         )
@@ -111,7 +116,9 @@ class TimeAgnosticEncoder(VideoEncoder):
         Returns:
             `[B, out_channels, t, h, w]`.
         """
-        h = self.conv_first(video, stream)
+        p = self.patch_size
+        h = rearrange(video, "b c t (h p) (w q) -> b (c p q) t h w", p=p, q=p)
+        h = self.conv_first(h, stream)
         for stage in self.conv_blocks:
             h = stage(h, stream)
         return self.final_block(h)
@@ -131,6 +138,7 @@ class TimeAgnosticDecoder(VideoDecoder):
             neighbouring latents are given are decoded.
         time_placement: Where time is padded, as in the encoder.
         is_2d: Kernels cover one frame, as in the encoder.
+        patch_size: Pixels a side of the patches that go out as channels, as in the encoder.
     """
 
     takes_latents = False
@@ -145,12 +153,14 @@ class TimeAgnosticDecoder(VideoDecoder):
         padding: Padding = "replicate",
         time_placement: TimePlacement = "same",
         is_2d: bool = False,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.downsample = (downsample[0], downsample[1], downsample[2])
+        self.patch_size = patch_size
         self.padding: Padding = padding
         self.time_placement: TimePlacement = time_placement
-        strides = stage_strides(self.downsample, is_2d)
+        strides = stage_strides(self.downsample, is_2d, patch_size)
         widths = [base_channels * 2 ** (len(strides) - i) for i in range(len(strides))]
         self.in_channels = widths[0]
         channels = [self.in_channels, *widths]
@@ -163,7 +173,7 @@ class TimeAgnosticDecoder(VideoDecoder):
             DecoderStage(channels[i], channels[i + 1], stride, num_res_blocks, norms, conv, conv_transpose)
             for i, stride in enumerate(strides)
         )
-        self.conv_last = conv(channels[-1], out_channels)
+        self.conv_last = conv(channels[-1], out_channels * patch_size**2)
 
     def forward(self, features: Tensor, stream: Stream | None = None) -> Tensor:
         """Decode.
@@ -178,19 +188,31 @@ class TimeAgnosticDecoder(VideoDecoder):
         h = self.final_block(features)
         for stage in self.conv_blocks:
             h = stage(h, stream)
-        h = self.conv_last(h, stream)
+        p = self.patch_size
+        h = rearrange(self.conv_last(h, stream), "b (c p q) t h w -> b c t (h p) (w q)", p=p, q=p)
         return self.without_partial_latents(h, features.shape[2]) if self.padding == "real" else h
 
 
-def stage_strides(downsample: tuple[int, int, int], is_2d: bool = False) -> list[tuple[int, int, int]]:
+def stage_strides(
+    downsample: tuple[int, int, int], is_2d: bool = False, patch_size: int = 1
+) -> list[tuple[int, int, int]]:
     """Strides of the stages: each axis is halved by its first stages, (4, 8, 8) by (2, 2, 2), (2, 2, 2), (1, 2, 2).
+
+    Patches do their part of the work beforehand: with 2 x 2 pixels, that is (2, 2, 2), (2, 2, 2).
 
     Raises:
         ValueError: if a factor is no power of two, nothing is halved, or a 2D network is to halve time.
     """
-    if any(factor < 1 or factor & (factor - 1) for factor in downsample) or max(downsample) == 1:
-        raise ValueError(f"downsample={downsample}: expected powers of two, one of them at least 2")
+    after_patches = (downsample[0], downsample[1] / patch_size, downsample[2] / patch_size)
+    if (
+        any(factor < 1 or factor % 1 or int(factor) & (int(factor) - 1) for factor in after_patches)
+        or max(after_patches) == 1
+    ):
+        raise ValueError(
+            f"downsample={downsample}, patch_size={patch_size}: expected powers of two, one of them at least 2 after "
+            "division of height and width by the patch size"
+        )
     if is_2d and downsample[0] > 1:
         raise ValueError(f"downsample={downsample}: a 2D network (is_2d) keeps every frame, expected 1 in front")
-    halvings = [int(math.log2(factor)) for factor in downsample]
+    halvings = [int(math.log2(factor)) for factor in after_patches]
     return [(1 + (halvings[0] > i), 1 + (halvings[1] > i), 1 + (halvings[2] > i)) for i in range(max(halvings))]

@@ -27,6 +27,8 @@ class VQGAN3D(nn.Module):
         decoder: Latents to video; has the encoder's downsample factors.
         pixel_range: Native values of black and white; [-0.5, 0.5] for TATS, [0, 1] for MAGVIT.
         piece_frames: Frames that pass through the networks at once when a video passes in pieces.
+        channels_last: Keep the weights, and with them the maps, in memory with the channels last: the same numbers, on
+            CPUs sooner where channels are few.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class VQGAN3D(nn.Module):
         decoder: VideoDecoder,
         pixel_range: tuple[float, float] = (-0.5, 0.5),
         piece_frames: int = 16,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         theirs, ours = (encoder.downsample, encoder.time_placement), (decoder.downsample, decoder.time_placement)
@@ -59,6 +62,8 @@ class VQGAN3D(nn.Module):
         self.pixel_range = (pixel_range[0], pixel_range[1])
         self.piece_frames = piece_frames
         encoder.pad_video_with(self.pixel_range[0])
+        if channels_last:
+            self.to(memory_format=torch.channels_last_3d)
 
     @property
     def downsample(self) -> tuple[int, int, int]:

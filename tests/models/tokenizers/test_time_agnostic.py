@@ -1,5 +1,6 @@
 """Behaviour of TATS' encoder and decoder in evaluation, in float64, with random weights and running statistics."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -285,3 +286,36 @@ def test_a_2d_network_works_frame_by_frame() -> None:
     assert torch.allclose(inverse(features)[:, :, 1:2], inverse(features[:, :, 1:2]), atol=1e-12)
     with pytest.raises(ValueError, match=r"a 2D network \(is_2d\) keeps every frame"):
         TimeAgnosticEncoder(is_2d=True)
+
+
+def test_patches_are_channels_of_the_first_and_the_last_convolution_alone() -> None:
+    encoder = TimeAgnosticEncoder(base_channels=4, downsample=(4, 8, 8), patch_size=2).eval()
+    decoder = TimeAgnosticDecoder(base_channels=4, downsample=(4, 8, 8), patch_size=2).eval()
+    plain = TimeAgnosticEncoder(in_channels=12, base_channels=4, downsample=(4, 4, 4)).eval()
+    plain.load_state_dict(encoder.state_dict())
+    video = torch.rand(2, 3, 8, 32, 48)
+    patches = torch.cat([video[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=1)  # [2, (p q c), 8, 16, 24]
+    patches = patches.unflatten(1, (4, 3)).transpose(1, 2).flatten(1, 2)  # [2, (c p q), 8, 16, 24]
+    features = encoder(video)
+    torch.testing.assert_close(features, plain(patches))
+    assert features.shape[2:] == encoder.latent_shape(8, 32, 48) == (2, 4, 6)
+    assert decoder(torch.rand(1, decoder.in_channels, 2, 4, 6)).shape == (1, 3, 8, 32, 48)
+
+
+def test_patches_larger_than_a_latent_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"patch_size=4: expected powers of two"):
+        TimeAgnosticEncoder(downsample=(4, 2, 2), patch_size=4)
+
+
+def test_channels_last_changes_the_place_of_numbers_only() -> None:
+    parts = [TimeAgnosticEncoder(base_channels=4), VectorQuantizer(16, 8), TimeAgnosticDecoder(base_channels=4)]
+    here, there = VQGAN3D(*copy.deepcopy(parts)).eval(), VQGAN3D(*parts, channels_last=True).eval()
+    there.load_state_dict(here.state_dict())
+    weight = there.encoder.conv_first.conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert not weight.is_contiguous()
+    video = torch.rand(1, 3, 8, 32, 32) * 2 - 1
+    codes = here.encode(video).codes
+    assert torch.equal(there.encode(video).codes, codes)
+    latents = here.codes_to_latents(codes)
+    torch.testing.assert_close(there.decode(latents), here.decode(latents), rtol=0, atol=1e-5)
