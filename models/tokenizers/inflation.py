@@ -17,7 +17,6 @@ clip that is not constant. With `last` so does a causal network with padding `ze
 networks that replicate or reflect.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Literal
 
@@ -27,8 +26,6 @@ from torch import Tensor, nn
 from models.tokenizers.causal import DepthToSpaceUpsample
 
 Inflation = Literal["central", "average", "last"]
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
