@@ -41,8 +41,8 @@ RADII = tuple(0.05 + 0.025 * i for i in range(17))  # to search through, in box 
 SEARCH_FRAMES = 4  # frames in which an object's size is searched for: those that show most of it
 BACKGROUND_WAVES = 10  # cosines an axis
 STEPS = 3  # of Gauss and Newton
+BEYOND = 2  # pixels around the picture
 HIDDEN_SHARE = 0.15  # at most so much of a hidden object may stand out behind the others
-MIN_OVERLAP_AREA = 1 / 1024  # of the picture
 ENOUGH_EVIDENCE = 0.3  # to foretell from
 STANDSTILL = 0.002  # box widths a frame: what is slower does not move
 
@@ -217,8 +217,9 @@ def _depth(shares: Tensor, centres: Tensor, radii: Tensor, shapes: Tensor, visib
         )
         * visible[:, :, None, None]
     )  # [K, T, H, W]
-    lost = torch.einsum("kthw,jthw->kj", inner, shares[:-1])
-    behind = (lost > lost.T) & (lost > MIN_OVERLAP_AREA * size**2)
+    lost = torch.einsum("kthw,jthw->kjt", inner, shares[:-1])
+    lost = lost.where(lost > MIN_AREA * size**2, 0).sum(2)  # [K, K]
+    behind = lost > lost.T
     behind.fill_diagonal_(False)
     for _ in range(len(behind)):  # behind what is behind
         behind = behind | ((behind.float() @ behind.float()) > 0) & ~behind.T
@@ -241,6 +242,9 @@ def _refine(
         Centres `[K, T, 4, 2]` and radii `[K, T, 4]` in pixels, errors `[K, T, 4]` in areas of the object, and evidence
         `[K, T, 4, 2]`.
     """
+    # Beyond the walls there is nothing: this tells the size of an object at a wall.
+    targets, weights = F.pad(targets, (BEYOND,) * 4), F.pad(weights, (BEYOND,) * 4, value=1.0)
+    centres = centres + BEYOND
     size = targets.shape[-1]
     objects, frames = visible.nonzero(as_tuple=True)  # [n]
     start, prior = centres[objects, frames].transpose(0, 1), radii[objects].T  # [4, n, 2], [4, n]
@@ -274,7 +278,7 @@ def _refine(
         step = torch.linalg.solve(normal, gradient).clamp(-2, 2)
         centre, radius = centre + step[..., :2], (radius + step[..., 2]).clamp(1, size / 2)
     template = templates(centre, radius)
-    error = (weight * (template - target).square()).sum((2, 3)) / template.sum((2, 3))
+    error = (weight * (template - target).square()).sum((2, 3)) / template.sum((2, 3)).clamp(min=1)
     slopes = jacobian[:, :, :2].square()
     evidence = (slopes * weight.flatten(1)[:, None]).sum(3) / slopes.sum(3).clamp(min=1e-6)  # [4, n, 2]
 
@@ -283,7 +287,7 @@ def _refine(
         out[objects, frames] = values.transpose(0, 1)
         return out
 
-    return spread(centre), spread(radius), spread(error), spread(evidence)
+    return spread(centre - BEYOND), spread(radius), spread(error), spread(evidence)
 
 
 def _speeds(positions: Tensor, evidence: Tensor) -> Tensor:
@@ -343,14 +347,13 @@ def _hidden(
     The place is foretold from the nearest frame in which enough of the object is seen, at constant speed.
     """
     positions, evidence, speeds = tracks
-    objects, num_frames = visible.shape
     size = shares.shape[-1]
     hidden = torch.zeros_like(visible)
     before, after = _deviations(positions, evidence, radii, speeds)
     direction = 1.0 - 2.0 * (before + after).argmin(-1)  # [K, T, 2]
 
     pixels = (torch.arange(size, device=visible.device) + 0.5) / size
-    for k in range(objects):
+    for k in range(len(visible)):
         known = (evidence[k].amin(-1) > ENOUGH_EVIDENCE).nonzero()[:, 0]
         missing = (~visible[k]).nonzero()[:, 0]
         if not len(missing) or not len(known) or not behind[k].any():
