@@ -1,4 +1,4 @@
-"""What two processes compute for the tests of batch norm and of the quantizer; run once for both.
+"""What two processes compute for the tests of batch norm, of the quantizer and of metrics; run once for all.
 
 Each process saves its inputs and results; the tests compare with one process on the concatenated batch.
 """
@@ -7,6 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from metrics_of_ranks import measure_rank
 
 from models.blocks.norm import SyncBatchNorm
 from models.random import keyed_generator
@@ -46,6 +47,11 @@ if __name__ == "__main__":
     folder, rank = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = {"2d": normalise(rank, 2), "3d": normalise(rank, 3), "quantizer": quantise(rank)}
+    results = {
+        "2d": normalise(rank, 2),
+        "3d": normalise(rank, 3),
+        "quantizer": quantise(rank),
+        "metrics": measure_rank(rank),
+    }
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
