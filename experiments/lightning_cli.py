@@ -3,7 +3,7 @@
 What this adds to LightningCLI:
 
 - `base: parent.yaml` in an experiment file names its parent; a file holds only what differs.
-- Curriculum, samples and checkpoints are sections of their own, not entries of a list of callbacks.
+- Curriculum, samples, FVD and checkpoints are sections of their own, not entries of a list of callbacks.
 - A value given for a key that is linked to another, or a model argument that differs from the checkpoint being resumed,
   is refused. LightningCLI drops the first and lets the checkpoint win over the second, both without a word.
 - `--resume RUN` goes on with a run: its configuration, its newest checkpoint, its folder and curves.
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
 import lightning_modules  # noqa: F401
-from callbacks import SampleLogger, ShortToLongCurriculum, Throughput
+from callbacks import FVDEvaluation, SampleLogger, ShortToLongCurriculum, Throughput
 from callbacks.sample_writer import SampleWriter
 from datamodules.tokens import TokenDataModule, write_codes
 from datamodules.video import VideoDataModule
@@ -329,6 +329,7 @@ class LongtakeCLI(LightningCLI):
         parser.add_argument("--run_version", type=str | None, default=None, help="null takes the next free version_<n>")
         parser.add_lightning_class_args(ShortToLongCurriculum, "curriculum")
         parser.add_lightning_class_args(SampleLogger, "samples")
+        parser.add_lightning_class_args(FVDEvaluation, "fvd")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(

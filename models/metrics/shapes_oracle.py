@@ -540,4 +540,4 @@ def score_clips(video: Tensor, labels: Tensor | None = None) -> OracleScores:
     if not video.isfinite().all():
         raise ValueError("The video holds NaN or infinite values; the oracle reads pixels in [-1, 1].")
     scores = [_score(clip, None if labels is None else int(labels[i])) for i, clip in enumerate(video)]
-    return OracleScores(*torch.tensor(scores).view(batch, -1).unbind(1))
+    return OracleScores(*torch.tensor(scores).view(batch, 6 if labels is None else 7).unbind(1))
