@@ -242,6 +242,7 @@ class FVDEvaluation(Callback):
             num_workers=loader.num_workers,
             worker_init_fn=loader.worker_init_fn,
             collate_fn=loader.collate_fn,
+            generator=torch.Generator(),  # or it would draw from the training's
         )
         given = 0
         for ids, batch in zip(batches, chosen, strict=True):
