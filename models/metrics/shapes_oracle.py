@@ -22,6 +22,7 @@ seen in part counts by how much of the outline is seen.
 """
 
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -91,18 +92,24 @@ def coverage(shape: int, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - signed_distance(shape, x, y, radius)).clamp(0, 1)
 
 
+@cache
+def _smooth_basis(size: int) -> Tensor:
+    """Products of low cosines along y and x, the background's basis `[H W, w w]`."""
+    centres = (torch.arange(size) + 0.5) / size
+    waves = torch.cos(torch.pi * torch.arange(BACKGROUND_WAVES)[:, None] * centres)  # [w, W]
+    return torch.einsum("ay,bx->yxab", waves, waves).flatten(2).flatten(0, 1)
+
+
 def _fit_background(video: Tensor, touched: Tensor) -> Tensor:
     """Smooth background `[3, H, W]` of a clip `[3, T, H, W]`, from the pixels that are not `touched` `[T, H, W]`."""
     size = video.shape[-1]
-    centres = (torch.arange(size, device=video.device) + 0.5) / size
-    waves = torch.cos(torch.pi * torch.arange(BACKGROUND_WAVES, device=video.device)[:, None] * centres)  # [w, W]
-    basis = torch.einsum("ay,bx->yxab", waves, waves).flatten(2).flatten(0, 1)  # [H W, w w]
+    basis = _smooth_basis(size)
     free = (~touched).to(video.dtype)
     count = free.sum(0).flatten()  # [H W]
     mean = ((video * free).sum(1).flatten(1) / count.clamp(min=1)).T  # [H W, 3]
     weighted = basis * count[:, None]
     normal = weighted.T @ basis
-    ridge = 1e-4 * len(touched) * size**2 * torch.eye(len(normal), device=video.device)
+    ridge = 1e-4 * len(touched) * size**2 * torch.eye(len(normal))
     centre = mean[count > 0].mean(0) if count.any() else mean.new_full((3,), -0.5)
     waves_of_clip = torch.linalg.solve(normal + ridge, weighted.T @ (mean - centre))  # [w w, 3]
     return (basis @ waves_of_clip + centre).T.view(3, size, size)
@@ -144,9 +151,39 @@ def _targets(shares: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
     Pixels of an object behind it are as good as background, those of any other object have no weight.
     """
     others = shares[:-1]  # [K, T, H, W]
-    unknown = (~behind.T & ~torch.eye(len(behind), dtype=torch.bool, device=behind.device)).to(shares.dtype)  # [K, K]
+    unknown = (~behind.T & ~torch.eye(len(behind), dtype=torch.bool)).to(shares.dtype)  # [K, K]
     weights = (1 - torch.einsum("kj,jthw->kthw", unknown, others)).clamp(0, 1)
     return (others / weights.clamp(min=1e-6)).clamp(max=1), weights
+
+
+@dataclass(frozen=True)
+class _Templates:
+    """Each kind of shape in each of R sizes, on the coarse grid.
+
+    Args:
+        spectra: `[4, R, y, x]`, conjugated.
+        square_spectra: `[4, R, y, x]`, of the squares, conjugated.
+        offsets: `[4, R, y, x]`, to be added to the costs of each place: infinite where the shape would reach beyond the
+            walls, and a little for its area, so that of two sizes that explain a half-hidden object the smaller is
+            taken.
+    """
+
+    spectra: Tensor
+    square_spectra: Tensor
+    offsets: Tensor
+
+
+@cache
+def _templates() -> _Templates:
+    places, radii = torch.fft.fftfreq(COARSE, 1 / COARSE), torch.tensor(RADII) * COARSE  # [COARSE], [R]
+    templates = torch.stack(
+        [coverage(shape, places, places[:, None], radii[:, None, None]) for shape in range(len(SHAPES))]
+    )
+    from_centre = (torch.arange(COARSE) + 0.5 - COARSE / 2).abs()
+    beyond = from_centre > COARSE / 2 - radii[:, None] + 1  # [R, COARSE]
+    offsets = 0.02 * templates.sum((2, 3), keepdim=True).expand_as(templates)
+    offsets = offsets.masked_fill(beyond[:, :, None] | beyond[:, None, :], torch.inf)
+    return _Templates(torch.fft.rfft2(templates).conj(), torch.fft.rfft2(templates.square()).conj(), offsets)
 
 
 def _search(targets: Tensor, weights: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,53 +197,41 @@ def _search(targets: Tensor, weights: Tensor, visible: Tensor) -> tuple[Tensor, 
     Returns:
         Radii `[K, 4]` and centres `[K, T, 4, 2]` in pixels of the full grid, and the cost `[K, T, 4]` in coarse pixels.
     """
-    scale = targets.shape[-1] / COARSE
-    device = targets.device
+    templates = _templates()
     products = F.adaptive_avg_pool2d(targets * weights, COARSE)  # [K, T, y, x]
     squares = F.adaptive_avg_pool2d(targets.square() * weights, COARSE).sum((2, 3))  # [K, T]
     products, spectra = torch.fft.rfft2(products), torch.fft.rfft2(F.adaptive_avg_pool2d(weights, COARSE))
-    offsets = torch.fft.fftfreq(COARSE, 1 / COARSE, device=device)
-    places = torch.arange(COARSE, device=device) + 0.5
 
-    def costs(frames: tuple[Tensor, Tensor], radii: Tensor) -> Tensor:
-        """Cost `[n, 4, r, y, x]` of a template at each place of n frames (objects, times), for radii `[4, r]`."""
-        templates = torch.stack(
-            [
-                coverage(shape, offsets, offsets[:, None], radii[shape, :, None, None] * COARSE)
-                for shape in range(len(SHAPES))
-            ]
-        )  # [4, r, y, x]
+    def costs(k: int, frames: Tensor, sizes: Tensor) -> Tensor:
+        """Squared error `[n, 4, r, y, x]` of object k's templates of `sizes` `[4, r]` at each place in `[n]` frames."""
+        kinds = torch.arange(len(SHAPES))[:, None]
         spectrum = (
-            spectra[frames][:, None, None] * torch.fft.rfft2(templates.square()).conj()
-            - 2 * products[frames][:, None, None] * torch.fft.rfft2(templates).conj()
+            spectra[k, frames, None, None] * templates.square_spectra[kinds, sizes]
+            - 2 * products[k, frames, None, None] * templates.spectra[kinds, sizes]
         )
-        cost = torch.fft.irfft2(spectrum, (COARSE, COARSE)) + squares[frames][:, None, None, None, None]
-        # of two sizes that explain a half-hidden object, the smaller
-        cost += 0.02 * templates.sum((2, 3))[:, :, None, None]
-        inside = (places - COARSE / 2).abs() <= COARSE / 2 - radii[..., None] * COARSE + 1  # [4, r, COARSE]
-        return cost.masked_fill(~(inside[..., :, None] & inside[..., None, :]), torch.inf)
+        error = torch.fft.irfft2(spectrum, (COARSE, COARSE)) + squares[k, frames, None, None, None, None]
+        return error + templates.offsets[kinds, sizes]
 
     objects, num_frames = visible.shape
-    grid = torch.tensor(RADII, device=device).expand(len(SHAPES), -1)
+    all_sizes = torch.arange(len(RADII)).expand(len(SHAPES), -1)
     radii = targets.new_zeros(objects, len(SHAPES))
     centres = targets.new_zeros(objects, num_frames, len(SHAPES), 2)
     lowest = targets.new_zeros(objects, num_frames, len(SHAPES))
     for k in range(objects):
         mass = targets[k].mul(weights[k]).sum((1, 2)).masked_fill(~visible[k], -1)
-        frames = mass.topk(min(SEARCH_FRAMES, int(visible[k].sum()))).indices
-        by_radius = costs((torch.full_like(frames, k), frames), grid).flatten(3).amin(3).sum(0)  # [4, r]
-        radii[k] = grid[0][by_radius.argmin(1)]
+        most_seen = mass.topk(min(SEARCH_FRAMES, int(visible[k].sum()))).indices
+        sizes = costs(k, most_seen, all_sizes).flatten(3).amin(3).sum(0).argmin(1)  # [4]
+        radii[k] = torch.tensor(RADII)[sizes] * targets.shape[-1]
         frames = visible[k].nonzero()[:, 0]
-        cost = costs((torch.full_like(frames, k), frames), radii[k, :, None])[:, :, 0]  # [n, 4, y, x]
-        lowest[k, frames], place = cost.flatten(2).min(2)
-        centres[k, frames] = torch.stack([place % COARSE, place // COARSE], dim=-1) * 1.0
-    return radii * targets.shape[-1], (centres + 0.5) * scale - 0.5, lowest
+        lowest[k, frames], place = costs(k, frames, sizes[:, None]).flatten(2).min(2)  # [n, 4]
+        centres[k, frames] = torch.stack([place % COARSE, place // COARSE], dim=-1) + 0.5
+    return radii, centres * (targets.shape[-1] / COARSE) - 0.5, lowest
 
 
 def _depth(shares: Tensor, centres: Tensor, radii: Tensor, shapes: Tensor, visible: Tensor) -> Tensor:
     """Whether object k is seen to be behind object j `[K, K]`: j's colour shows where k's template is."""
     size = shares.shape[-1]
-    pixels = torch.arange(size, device=shares.device)
+    pixels = torch.arange(size)
     inner = (
         torch.stack(
             [
@@ -250,7 +275,7 @@ def _refine(
     start, prior = centres[objects, frames].transpose(0, 1), radii[objects].T  # [4, n, 2], [4, n]
     side = min(int(2 * prior.max()) + 8, size) if len(objects) else size
     corner = (start.mean(0) - (side - 1) / 2).round().long().clamp(0, size - side)  # [n, 2]
-    grid = corner[:, :, None] + torch.arange(side, device=targets.device)  # [n, 2, P]
+    grid = corner[:, :, None] + torch.arange(side)  # [n, 2, P]
     window = (objects[:, None, None], frames[:, None, None], grid[:, 1, :, None], grid[:, 0, None, :])
     target, weight = targets[window], weights[window]  # [n, P, P]
 
@@ -263,7 +288,7 @@ def _refine(
         return torch.stack([coverage(s, x[s], y[s], radius[s, :, None, None]) for s in range(len(SHAPES))])
 
     centre, radius = start, prior
-    anchor = torch.diag(torch.tensor([0.1, 0.1, 1.0], device=targets.device))
+    anchor = torch.diag(torch.tensor([0.1, 0.1, 1.0]))
     for _ in range(STEPS):
         x, y = offsets(centre)
         template = templates(centre, radius)  # [4, n, P, P]
@@ -325,7 +350,7 @@ def _deviations(positions: Tensor, evidence: Tensor, radii: Tensor, speeds: Tens
         Squared distance of the previous frame's position, and of the next one's, if the object moves forwards and if
         it moves backwards: `[K, T, 2 axes, 2 directions]` each; 0 where there is no such frame.
     """
-    direction = torch.tensor([1.0, -1.0], device=positions.device)
+    direction = torch.tensor([1.0, -1.0])
     step = speeds[:, None, :, None] * direction  # [K, 1, 2, 2]
     here = positions[..., None]
     before = (_reflect(here[:, 1:] - step, radii) - here[:, :-1]).square()
@@ -352,7 +377,7 @@ def _hidden(
     before, after = _deviations(positions, evidence, radii, speeds)
     direction = 1.0 - 2.0 * (before + after).argmin(-1)  # [K, T, 2]
 
-    pixels = (torch.arange(size, device=visible.device) + 0.5) / size
+    pixels = (torch.arange(size) + 0.5) / size
     for k in range(len(visible)):
         known = (evidence[k].amin(-1) > ENOUGH_EVIDENCE).nonzero()[:, 0]
         missing = (~visible[k]).nonzero()[:, 0]
@@ -375,10 +400,11 @@ def recover_objects(video: Tensor) -> tuple[Objects, Tensor]:
         video: `[3, T, H, W]` in [-1, 1], T >= 3, H = W >= 32.
 
     Returns:
-        The objects, and the scene drawn again from them `[3, T, H, W]`.
+        The objects, and the scene drawn again from them `[3, T, H, W]`, on the CPU, where all is computed.
     """
+    video = video.detach().float().cpu()
     size = video.shape[-1]
-    palette = _PALETTE.to(video)
+    palette = _PALETTE
     # A colour's channels are all 1 or -1; nowhere on an edge between two colours or with the background is a third
     # one as near as this.
     cores = ((video * palette[:, :, None, None, None]).amin(1) > 0.25).to(video.dtype)  # [6, T, H, W]
@@ -389,8 +415,8 @@ def recover_objects(video: Tensor) -> tuple[Objects, Tensor]:
     background = _fit_background(video, touched)
     shares = _shares(video, cores, touched, background, palette[colours])
 
-    objects, num_frames, each = len(colours), video.shape[1], torch.arange(len(colours), device=video.device)
-    behind = torch.zeros(objects, objects, dtype=torch.bool, device=video.device)
+    objects, num_frames, each = len(colours), video.shape[1], torch.arange(len(colours))
+    behind = torch.zeros(objects, objects, dtype=torch.bool)
     kinds = len(SHAPES)
     radii, centres = video.new_zeros(objects, kinds), video.new_zeros(objects, num_frames, kinds, 2)
     costs = video.new_zeros(objects, num_frames, kinds)
@@ -410,7 +436,7 @@ def recover_objects(video: Tensor) -> tuple[Objects, Tensor]:
     evidence = evidence[each, :, shapes]  # [K, T, 2]
     clip_radii = _weighted_median(frame_radii, evidence.mean(-1))
     speeds = _speeds(positions, evidence)
-    motions = (speeds @ _DIRECTIONS.T.to(video)).argmax(1)
+    motions = (speeds @ _DIRECTIONS.T).argmax(1)
     found = Objects(
         colours=colours,
         shapes=shapes,
@@ -432,14 +458,14 @@ def recover_objects(video: Tensor) -> tuple[Objects, Tensor]:
 def _draw(objects: Objects, order: Tensor, background: Tensor) -> Tensor:
     """Draw recovered objects, in `order`, over a background `[3, H, W]`: `[3, T, H, W]`."""
     size = background.shape[-1]
-    pixels = (torch.arange(size, device=background.device) + 0.5) / size
+    pixels = (torch.arange(size) + 0.5) / size
     video = background[:, None].repeat(1, objects.visible.shape[1], 1, 1)
     for k in order.tolist():
         frames = objects.visible[k].nonzero()[:, 0]
         x, y = ((pixels - objects.positions[k, frames, :, None]) * size).unbind(1)
         radius = objects.frame_radii[k, frames, None, None] * size
         covered = coverage(int(objects.shapes[k]), x[:, None], y[:, :, None], radius)  # [f, H, W]
-        colour = _PALETTE[objects.colours[k]].to(video)[:, None, None, None]
+        colour = _PALETTE[objects.colours[k]][:, None, None, None]
         video[:, frames] += (colour - video[:, frames]) * covered
     return video
 
