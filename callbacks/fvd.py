@@ -45,7 +45,7 @@ class FVDEvaluation(Callback):
     it is `frechet_random_i3d`, and says little about quality. Numbers go to the run's loggers and to
     `<name>_<frames>f.csv` in its folder; a ModelCheckpoint can monitor those of `num_samples` (mode min). On the
     embedded moving shapes, the scores of the oracle that knows their laws stand beside it, as
-    `metrics/shapes_<score>`.
+    `metrics/shapes_<score>`; a generator is held to the clips' classes if it says that it is `class_conditional`.
 
     Features of the real clips are computed before training and kept on disk, by the hash of all that they depend on.
 
