@@ -1,9 +1,10 @@
-"""What happens along a training: curriculum, averaged weights, the tokenizer's health, samples, throughput."""
+"""What happens along a training: curriculum, averaged weights, health, samples to look at, scores, throughput."""
 
 from callbacks.curriculum import ShortToLongCurriculum
 from callbacks.ema import EMA
+from callbacks.fvd import FVDEvaluation
 from callbacks.health import TokenizerHealth
 from callbacks.samples import SampleLogger
 from callbacks.throughput import Throughput
 
-__all__ = ["EMA", "SampleLogger", "ShortToLongCurriculum", "Throughput", "TokenizerHealth"]
+__all__ = ["EMA", "FVDEvaluation", "SampleLogger", "ShortToLongCurriculum", "Throughput", "TokenizerHealth"]

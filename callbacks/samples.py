@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from callbacks.at_rest import at_rest
 from callbacks.media import contact_sheet, tile, write_gif_summary, write_mp4
 from models.random import keyed_seed
 
@@ -108,17 +109,5 @@ class SampleLogger(Callback):
         """Return `[n, 3, T, H, W]` in [-1, 1], leaving modes and random numbers of the training as they were."""
         num_videos = min(self.num_videos, len(batch["index"]))
         seeds = torch.tensor([keyed_seed(self.seed, position) for position in range(num_videos)])
-        was_training = {module: module.training for module in pl_module.modules()}
-        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-        pl_module.eval()
-        try:
-            # no_grad, not inference_mode: what the module caches here may be used in training
-            with (
-                torch.no_grad(),
-                torch.random.fork_rng(devices),
-                trainer.precision_plugin.val_step_context(),
-            ):
-                return pl_module.sample_videos(batch, seeds)  # type: ignore[operator]  # an interface, not a class
-        finally:
-            for module, training in was_training.items():
-                module.training = training
+        with at_rest(trainer, pl_module):
+            return pl_module.sample_videos(batch, seeds)  # type: ignore[operator]  # an interface, not a class

@@ -15,18 +15,8 @@ from torch.utils.data import Dataset
 from datamodules.sampler import ClipRequest, make_item
 from datamodules.video import Split, VideoDataModule
 from models.random import keyed_generator
+from models.shapes_world import CLASS_NAMES, COLOURS, MOTIONS, SHAPES, signed_distance
 
-SHAPES = ("circle", "square", "triangle", "cross")
-MOTIONS = ("horizontal", "vertical", "diagonal")
-CLASS_NAMES = tuple(f"{motion} {shape}" for shape in SHAPES for motion in MOTIONS)
-COLOURS = {
-    "red": (1.0, -1.0, -1.0),
-    "yellow": (1.0, 1.0, -1.0),
-    "green": (-1.0, 1.0, -1.0),
-    "cyan": (-1.0, 1.0, 1.0),
-    "blue": (-1.0, -1.0, 1.0),
-    "magenta": (1.0, -1.0, 1.0),
-}
 MAX_FRAMES = 512
 
 _STREAMS = {"train": 111, "val": 112}
@@ -173,7 +163,7 @@ class MovingShapes(Dataset[dict[str, Any]]):
             corner = (centres - (side - 1) / 2).round().long().clamp(0, resolution - side)  # [T, 2]
             grid = corner[:, :, None] + torch.arange(side)  # [T, 2, P]
             x, y = (grid - centres[:, :, None]).float().unbind(1)  # [T, P] each, from the centre, in pixels
-            distance = _signed_distance(int(scene.shapes[i]), x[:, None, :], y[:, :, None], radius)  # [T, P, P]
+            distance = signed_distance(int(scene.shapes[i]), x[:, None, :], y[:, :, None], radius)  # [T, P, P]
             # Only products and sums of single elements below: exact, whatever else is drawn in the same call.
             coverage = (0.5 - distance).clamp(0, 1).flatten()  # [T P P]
             where = (frame_offset + grid[:, 1, :, None] * resolution + grid[:, 0, None, :]).flatten()  # [T P P]
@@ -190,26 +180,6 @@ class MovingShapes(Dataset[dict[str, Any]]):
         waves = torch.cos(torch.pi * torch.arange(_TEXTURE_WAVES)[:, None] * position)  # [wave, W]
         texture = (waves.T @ amplitudes @ waves).clamp(-1, 1)  # [3, H, W]
         return 0.5 * (self.texture * texture - 1)
-
-
-def _signed_distance(shape: int, x: Tensor, y: Tensor, radius: float) -> Tensor:
-    """Distance to the outline of a shape that fills `[-radius, radius]^2`, negative inside.
-
-    Exact inside and along the sides; past a corner it is the distance to the nearer side's line, which draws corners
-    sharp.
-    """
-    match SHAPES[shape]:
-        case "circle":
-            return (x.square() + y.square()).sqrt() - radius
-        case "square":
-            return torch.maximum(x.abs(), y.abs()) - radius
-        case "triangle":  # tip up; the sides run from (0, -radius) to (+-radius, radius)
-            slanted = (2 * x.abs() - y - radius) * 5**-0.5
-            return torch.maximum(slanted, y - radius)
-        case _:  # cross, with arms a third as thick as long
-            ax, ay = x.abs(), y.abs()
-            across = torch.maximum(ax - radius, ay - radius / 3)
-            return torch.minimum(across, torch.maximum(ax - radius / 3, ay - radius))
 
 
 class MovingShapesDataModule(VideoDataModule):

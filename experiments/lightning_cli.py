@@ -3,7 +3,8 @@
 What this adds to LightningCLI:
 
 - `base: parent.yaml` in an experiment file names its parent; a file holds only what differs.
-- Curriculum, averaged weights, samples and checkpoints are sections of their own, not entries of a list of callbacks.
+- Curriculum, averaged weights, samples, FVD and checkpoints are sections of their own, not entries of a list of
+  callbacks.
 - A value given for a key that is linked to another, or a model argument that differs from the checkpoint being resumed,
   is refused. LightningCLI drops the first and lets the checkpoint win over the second, both without a word.
 - `--resume RUN` goes on with a run: its configuration, its newest checkpoint, its folder and curves.
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
 import lightning_modules  # noqa: F401
-from callbacks import EMA, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
+from callbacks import EMA, FVDEvaluation, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
 from callbacks.sample_writer import SampleWriter
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
@@ -368,6 +369,7 @@ class LongtakeCLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(TokenizerHealth, "health")
         parser.add_lightning_class_args(SampleLogger, "samples")
+        parser.add_lightning_class_args(FVDEvaluation, "fvd")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
