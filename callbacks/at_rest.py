@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+
+from callbacks.ema import EMA
 
 
 @contextmanager
@@ -25,12 +26,12 @@ def at_rest(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def averaged_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """The averaged weights, if a callback of the run keeps some: what validation sees."""
-    averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+    """The averaged weights, if the run keeps some: what validation sees."""
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
     for average in averages:
-        average.on_validation_epoch_start(trainer, pl_module)
+        average.on_validation_start(trainer, pl_module)
     try:
         yield
     finally:
         for average in averages:
-            average.on_validation_epoch_end(trainer, pl_module)
+            average.on_validation_end(trainer, pl_module)

@@ -18,7 +18,15 @@ _LINES = 10  # of a list in the report; the JSON file has all
 
 
 def main(args: Sequence[str]) -> None:
-    """Examine a data set, print and save the report; the exit code is 1 if something is wrong."""
+    """Examine a data set, print and save the report; the exit code is 1 if something is wrong.
+
+    With `--detector`, examine the weights of a metric's network instead (`experiments.detector_check`).
+    """
+    if any(word.split("=")[0] == "--detector" for word in args):
+        from experiments.detector_check import main as check_detector
+
+        check_detector(args)
+        return
     parser = argparse.ArgumentParser(
         prog="longtake doctor",
         description=__doc__,

@@ -12,14 +12,14 @@ import pytest
 import torch
 from fvd_of_ranks import measure
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from toy_generator import FRAMES, RESOLUTION, ToyGenerator, toy_detector
 
 import callbacks.fvd
-from callbacks import FVDEvaluation
+from callbacks import EMA, FVDEvaluation
 from datamodules.sampler import ClipRequest
 from datamodules.shapes import MovingShapesDataModule
 from models.metrics import FrechetDistance
@@ -295,9 +295,9 @@ def test_modes_and_random_numbers_are_as_before(detections: list[int], fit: Fit)
 
 def test_averaged_weights_make_the_samples(detections: list[int], fit: Fit) -> None:
     module = ToyGenerator()
-    fit(module, others=(EMAWeightAveraging(decay=0.5),))
-    after_one, after_two = 0.2 * 0.8, 0.2 * 0.8**2
-    assert module.calls[0]["noise"] == pytest.approx((after_one + after_two) / 2)
+    fit(module, others=(EMA(decay=0.5),))
+    at_start, after_one, after_two = 0.2, 0.2 * 0.8, 0.2 * 0.8**2
+    assert module.calls[0]["noise"] == pytest.approx((at_start + after_one) / 4 + after_two / 2)
 
 
 def test_a_checkpoint_can_be_kept_for_its_distance(detections: list[int], fit: Fit, tmp_path: Path) -> None:
