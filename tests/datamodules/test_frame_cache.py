@@ -18,7 +18,6 @@ from datamodules.shards import ShardReader
 from datamodules.video import VideoDataModule
 
 HALF_A_LEVEL = 0.5 / 127.5 + 1e-6
-IGNORE_FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,6 @@ def test_windows_of_a_curriculum_are_those_of_the_videos(root: Path, raw: Path) 
     assert largest_difference(decoded, read) <= HALF_A_LEVEL
 
 
-@IGNORE_FEW_CORES
 def test_worker_processes_write_and_read_the_same(root: Path, raw: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "frames", frames_of(root, num_workers=2))
     for file in raw.rglob("*.*"):

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from numbered_video import read_numbers
 
-from datamodules.listing import VideoWindow, evaluation_windows, spaced_starts
-from datamodules.video import Video
+from datamodules.listing import Video, VideoWindow, evaluation_windows, spaced_starts
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 7, 15])
