@@ -38,7 +38,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--again", action="store_true", help="look once more at files that could not be read before")
     options, words = parser.parse_known_args(args)
 
-    data = data_module(options.data, words)
+    data = files_data_module(options.data, words)
     began = time.perf_counter()
     report = examine(data, "quick" if options.quick else "full", options.again)
     report["seconds_taken"] = round(time.perf_counter() - began, 1)
@@ -52,32 +52,20 @@ def main(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def data_module(name: str, words: Sequence[str]) -> "VideoFilesDataModule":
-    """Make the data module that a class name, or the `data` section of an experiment file, and options describe.
+def files_data_module(name: str, words: Sequence[str]) -> "VideoFilesDataModule":
+    """Make the data module that a class name, or an experiment file, and options describe.
 
     Raises:
         ValueError: if the file has no such section, or the module has no files to examine.
     """
-    import yaml
-    from jsonargparse import ActionConfigFile
+    from datamodules.video import VideoFilesDataModule
+    from experiments.data_module import data_module
 
-    from datamodules.video import VideoDataModule
-    from experiments.lightning_cli import LongtakeParser, expanded_configs
-
-    parser = LongtakeParser(prog="longtake doctor")
-    parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_lightning_class_args(VideoDataModule, "data", subclass_mode=True, required=True)
     if name.endswith((".yaml", ".yml")):
-        contents = [yaml.safe_load(file.read_text()) or {} for file in expanded_configs(Path(name))]
-        sections = [json.dumps({"data": content["data"]}) for content in contents if "data" in content]
-        if not sections:
-            raise ValueError(f"{name} has no `data` section, and no base of it has (--data).")
-        chosen = [f"--config={section}" for section in sections]
+        data = data_module([Path(name)], words, "doctor")
     else:
-        chosen = [f"--data={name}"]
-    config = parser.parse_args([*chosen, *words])
-    data = parser.instantiate_classes(config)["data"]
-    if not hasattr(data, "listing"):
+        data = data_module([], [f"--data={name}", *words], "doctor")
+    if not isinstance(data, VideoFilesDataModule):
         raise ValueError(f"{type(data).__name__} reads no files that could be examined (--data).")
     return data
 
