@@ -51,7 +51,7 @@ def test_clips_per_second_and_seconds_per_step(
     trainer.fit(timed_module, batches(6, batch_size=4))
     assert trainer.callback_metrics["train/clips_per_second"] == 2
     assert trainer.callback_metrics["train/seconds_per_step"] == 2
-    assert "train/tokens_per_second" not in trainer.callback_metrics
+    assert not {"train/tokens_per_second", "data/quarantined_videos"} & trainer.callback_metrics.keys()
     assert trainer.progress_bar_metrics == {"clips/s": 2, "s/step": 2}
 
 
@@ -152,9 +152,6 @@ def test_videos_in_quarantine_are_counted_if_the_data_module_counts_them(
     trainer = make_trainer(callbacks=[Throughput()], max_steps=2, log_every_n_steps=1)
     trainer.fit(toy_module, Data())
     assert trainer.callback_metrics["data/quarantined_videos"] == 2
-    trainer = make_trainer(callbacks=[Throughput()], max_steps=2, log_every_n_steps=1)
-    trainer.fit(toy_module, batches(2))
-    assert "data/quarantined_videos" not in trainer.callback_metrics
 
 
 def test_the_real_clock_is_read(toy_module: LightningModule, batches: Batches, make_trainer: MakeTrainer) -> None:

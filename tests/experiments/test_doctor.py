@@ -26,7 +26,7 @@ def write_video(path: Path, num_frames: int, brightness: int = 0) -> None:
         stream = container.add_stream("mpeg4", rate=25)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         for number in range(num_frames):
-            image = np.full((32, 48, 3), brightness + 5 * number, np.uint8)
+            image = np.full((32, 48, 3), (brightness + 5 * number) % 256, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
@@ -144,9 +144,17 @@ def test_folders_of_frames_are_examined_too(root: Path) -> None:
     assert (report["splits"]["train"]["usable"], report["splits"]["train"]["frames"]) == (4, 39 + 9)
 
 
-class TestEveryDataModule:
-    """Small data sets in the official layouts."""
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two videos of three clips each as small data sets in the official layouts."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for name, level in (("one", 0), ("other", 60)):
+        write_video(folder / f"clips/{name}.avi", 90, brightness=level)
+    make_layouts([str(folder / "clips"), str(folder / "out"), "--frames=30"])
+    return folder / "out"
 
+
+class TestEveryDataModule:
     SOUND: ClassVar = {  # videos for training and to validate on, frames of each, classes
         "UCF101DataModule": ("ucf101", 4, 2, 30, 2),
         "BAIRDataModule": ("bair", 4, 2, 30, 1),
@@ -154,14 +162,6 @@ class TestEveryDataModule:
         "SSV2DataModule": ("ssv2", 4, 2, 30, 2),
         "FramesDataModule": ("frames", 4, 2, 30, 2),
     }
-
-    @pytest.fixture(scope="class")
-    def layouts(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("layouts")
-        for name, level in (("one", 0), ("other", 60)):
-            write_video(folder / f"clips/{name}.avi", 90, brightness=level)
-        make_layouts([str(folder / "clips"), str(folder / "out"), "--frames=30"])
-        return folder / "out"
 
     @staticmethod
     def run(name: str, root: Path, out: Path, *words: str) -> tuple[int, dict[str, Any]]:
