@@ -196,7 +196,7 @@ class TestEveryDataModule:
             min(file.iterdir()).write_bytes(b"<html>")
         else:
             content = bytearray(file.read_bytes())
-            file.write_bytes(content[: len(content) // 2])
+            file.write_bytes(content[: len(content) // 2 + 9])  # inside of a record
         code, report = self.run(name, root, tmp_path / "out")
         assert code == 1
         problems = report["problems"]["corrupt"] | report["problems"]["truncated"]
