@@ -16,6 +16,7 @@ from datamodules.frame_cache import FrameWriter
 from datamodules.sampler import ClipRequest
 from datamodules.shards import ShardReader
 from datamodules.video import VideoClips, VideoDataModule
+from datamodules.windows import provenance
 
 HALF_A_LEVEL = 0.5 / 127.5 + 1e-6
 
@@ -94,6 +95,15 @@ def test_worker_processes_write_and_read_the_same(root: Path, raw: Path, tmp_pat
         if file.name != "config.json":  # of whichever shard was last
             assert (other / file.relative_to(raw)).read_bytes() == file.read_bytes(), file
     assert largest_difference(cached(raw), cached(raw, num_workers=2)) == 0
+
+
+def test_how_files_are_read_is_no_part_of_what_a_header_says(root: Path) -> None:
+    said = []
+    for options in ({}, {"read_timeout": 60.0, "max_bad_fraction": 0.5, "num_workers": 2}, {"antialias": False}):
+        data = frames_of(root, **options)
+        data.setup("fit")
+        said.append(provenance(data, data.datasets))
+    assert said[0] == said[1] != said[2]
 
 
 def test_a_bad_video_is_empty_in_the_cache_and_stops_nothing(root: Path, tmp_path: Path) -> None:
