@@ -15,7 +15,8 @@ class Throughput(Callback):
 
     Clips are counted by the batch's `index`. Tokens are counted if the module has a `tokens_per_batch`, a Python
     integer that its `training_step` sets. Logged: `train/clips_per_second`, `train/tokens_per_second`,
-    `train/seconds_per_step`; in the progress bar tokens (otherwise clips) a second, and seconds a step.
+    `train/seconds_per_step`; in the progress bar tokens (otherwise clips) a second, and seconds a step. If the data
+    module has a `num_quarantined()`, it is logged as `data/quarantined_videos`: videos that others are shown for.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,8 @@ class Throughput(Callback):
         for unit, speed in speeds.items():
             pl_module.log(f"train/{unit}_per_second", torch.tensor(speed))
         pl_module.log("train/seconds_per_step", torch.tensor(seconds / num_steps))
+        if (num_quarantined := getattr(getattr(trainer, "datamodule", None), "num_quarantined", None)) is not None:
+            pl_module.log("data/quarantined_videos", torch.tensor(float(num_quarantined())))
         shown = "tokens" if "tokens" in speeds else "clips"
         pl_module.log(f"{shown}/s", torch.tensor(speeds[shown]), prog_bar=True, logger=False)
         pl_module.log("s/step", torch.tensor(seconds / num_steps), prog_bar=True, logger=False)

@@ -16,21 +16,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from datamodules.decoding import UnreadableVideoError
-from datamodules.listing import files_below, found_root, spaced_starts
+from datamodules.decoding import UnreadableVideoError, VideoInfo
+from datamodules.index import Entry, Level
+from datamodules.listing import Video, files_below, spaced_starts
 from datamodules.sampler import ClipRequest
-from datamodules.tfrecord import Record, index_records, parse_example
-from datamodules.video import Split, Video, VideoClips, VideoDataModule
+from datamodules.tfrecord import Record, parse_example
+from datamodules.video import Split, VideoClips, VideoFilesDataModule
 
-ROOT_VARIABLE = "LONGTAKE_BAIR"
 NUM_FRAMES = 30
 RAW_SHAPE = (64, 64, 3)
 
 _FOLDERS: dict[Split, str] = {"train": "train", "val": "test"}
-_SOURCE = (
-    "The data set is one archive of 32 GB, http://rail.eecs.berkeley.edu/datasets/bair_robot_pushing_dataset_v0.tar: "
-    "softmotion30_44k/{train,test}/traj_<first>_to_<last>.tfrecords."
-)
+_INFO = VideoInfo(NUM_FRAMES, RAW_SHAPE[1], RAW_SHAPE[0], rotation=0, container="tfrecords")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +45,11 @@ class BAIRVideo(Video):
     camera: str
     first_frame: int = 0
     verify: bool = False
+
+    @property
+    def place(self) -> Path:
+        """What the quarantine list calls it."""
+        return self.path / str(self.record.number)
 
     def frames(self, start: int, count: int, stride: int) -> Iterator[np.ndarray]:
         """Yield frames `start, start + stride, ...` as uint8 `[64, 64, 3]`.
@@ -120,14 +122,14 @@ class BAIRClips(VideoClips):
         return item
 
 
-class BAIRDataModule(VideoDataModule):
+class BAIRDataModule(VideoFilesDataModule):
     """BAIR robot pushing, the small version (64x64): one clip a record, from a random place in each epoch.
 
     The root holds `softmotion30_44k/{train,test}/*.tfrecords`, or is that folder. Validation uses the test records:
     from their first frame, as the standard protocol has it, or windows evenly spaced in time. All labels are 0.
 
     Damaged records are found when the files are indexed, once, and left out with a warning that names file, record and
-    byte. Records that turn out not to hold 30 frames of the camera are replaced by others, with such a warning too.
+    byte. Records that turn out not to hold 30 frames of the camera go into quarantine, and are replaced by others.
 
     Args:
         root: folder of the data set; the environment variable LONGTAKE_BAIR by default.
@@ -142,7 +144,9 @@ class BAIRDataModule(VideoDataModule):
             debiased protocol, the first window of all records first; null takes one at a place drawn from the seed.
         verify: when records are compared with their checksums: once, as the files are indexed; always, at each reading
             too; or never.
-        cache_dir: where to keep the index of the records; `<root>/.longtake` by default.
+        cache_dir: where to keep the index of the records and the quarantine list; `<root>/.longtake` by default.
+        max_bad_fraction: share of the records that may turn out unreadable before the run stops (at least one record,
+            unless it is 0), judged after 100 reads.
         batch_size: training clips per batch and process.
         val_batch_size: validation clips per batch and process, `batch_size` by default.
         num_workers: worker processes per loader; 0 reads in the main process.
@@ -152,7 +156,12 @@ class BAIRDataModule(VideoDataModule):
         ValueError: if 30 frames do not hold the clips asked for, or mirrored clips are asked for with actions.
     """
 
-    class_names = ("robot pushing",)
+    title = "BAIR"
+    root_variable = "LONGTAKE_BAIR"
+    source = (
+        "The data set is one archive of 32 GB, http://rail.eecs.berkeley.edu/datasets/bair_robot_pushing_dataset_v0.tar"
+        ": softmotion30_44k/{train,test}/traj_<first>_to_<last>.tfrecords."
+    )
 
     def __init__(
         self,
@@ -167,12 +176,27 @@ class BAIRDataModule(VideoDataModule):
         val_windows: int | None = 1,
         verify: Literal["once", "always", "never"] = "once",
         cache_dir: str | None = None,
+        max_bad_fraction: float = 0.01,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_frames, frame_stride, resolution, batch_size, val_batch_size, num_workers, seed)
+        super().__init__(
+            root,
+            num_frames,
+            frame_stride,
+            resolution,
+            antialias=antialias,
+            horizontal_flip=horizontal_flip,
+            val_windows=val_windows,
+            cache_dir=cache_dir,
+            max_bad_fraction=max_bad_fraction,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.span = (num_frames - 1) * frame_stride + 1
         starts = NUM_FRAMES - self.span + 1
         if starts < 1:
@@ -180,7 +204,7 @@ class BAIRDataModule(VideoDataModule):
                 f"BAIR: {num_frames} frames at stride {frame_stride} span {self.span}, but a record has {NUM_FRAMES}. "
                 "Lower --data.num_frames or --data.frame_stride."
             )
-        if val_windows is not None and not 1 <= val_windows <= starts:
+        if val_windows is not None and val_windows > starts:
             raise ValueError(
                 f"BAIR: a record has {starts} windows of {num_frames} frames at stride {frame_stride}, "
                 f"not {val_windows} (--data.val_windows)."
@@ -190,18 +214,22 @@ class BAIRDataModule(VideoDataModule):
                 "BAIR: a mirrored clip does not show the command that the arm was given. "
                 "Switch off --data.horizontal_flip or --data.actions."
             )
-        self.root = root
         self.camera = camera
-        self.antialias = antialias
-        self.horizontal_flip = horizontal_flip
         self.actions = actions
-        self.val_windows = val_windows
         self.verify = verify
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._level: Level = "quick" if verify == "never" else "full"
+
+    def class_names(self) -> list[str]:
+        """Return the one class that there is."""
+        return ["robot pushing"]
+
+    def entries(self, level: Level = "full", again: bool = False) -> dict[Path, Entry]:
+        """Examine the record files that are not yet in the index; each record is taken for 30 frames."""
+        return {path: _with_frames(path, entry) for path, entry in super().entries(level, again).items()}
 
     def prepare_data(self) -> None:
         """Index the records, in one process of each machine; the others read the index."""
-        self._index([path for files in self.listing().values() for path in files])
+        self.entries(self._level)
 
     def make_dataset(self, split: Split) -> VideoClips:
         """Return the clips of the training or of the test records.
@@ -225,16 +253,7 @@ class BAIRDataModule(VideoDataModule):
         if split == "val" and self.val_windows is not None:
             starts = spaced_starts(NUM_FRAMES, self.span, self.val_windows)
             videos = [replace(v, first_frame=start, num_frames=self.span) for start in starts for v in videos]
-        return (BAIRClips if self.actions else VideoClips)(
-            videos,
-            self.num_frames,
-            self.frame_stride,
-            self.resolution,
-            self.seed,
-            antialias=self.antialias,
-            horizontal_flip=self.horizontal_flip and split == "train",
-            name=f"BAIR {split}",
-        )
+        return self.make_clips(videos, split, BAIRClips if self.actions else VideoClips)
 
     def listing(self) -> dict[Split, dict[Path, int]]:
         """Return the record files of both splits, in the order of their numbers, with the label 0.
@@ -242,36 +261,35 @@ class BAIRDataModule(VideoDataModule):
         Raises:
             FileNotFoundError: if there are none.
         """
-        root = found_root("BAIR", self.root, ROOT_VARIABLE, _SOURCE)
+        root = self.found_root()
         base = root / "softmotion30_44k" if (root / "softmotion30_44k").is_dir() else root
         found: dict[Split, dict[Path, int]] = {}
         for split, folder in _FOLDERS.items():
             files = sorted(files_below(base / folder, (".tfrecords",)), key=lambda file: (_bounds(file), file))
             if not files:
-                raise FileNotFoundError(
-                    f"BAIR: no traj_*.tfrecords in {base / folder} (--data.root or {ROOT_VARIABLE}). {_SOURCE}"
-                )
+                raise FileNotFoundError(f"BAIR: no traj_*.tfrecords in {base / folder} {self.hint()}")
             found[split] = dict.fromkeys(files, 0)
         return found
 
-    def _index(self, files: list[Path]) -> dict[Path, tuple[list[Record], list[str]]]:
-        root = found_root("BAIR", self.root, ROOT_VARIABLE, _SOURCE)
-        return index_records(files, root, self.cache_dir, verify=self.verify != "never")
-
     def _records(self, split: Split) -> list[Record]:
         """Return the sound records of a split, and warn of the others."""
-        index = self._index(list(self.listing()[split]))
-        reasons = [reason for _, reasons in index.values() for reason in reasons]
-        for path, (records, refused) in index.items():
-            first, last = _bounds(path)
-            if not refused and len(records) != last - first + 1 > 0:
-                reasons.append(f"{path} holds {len(records)} records; its name promises {last - first + 1}")
-        if reasons:
+        entries = self.entries(self._level)
+        files = {path: entries[path] for path in self.listing()[split]}
+        if reasons := [entry.error for entry in files.values() if entry.error]:
             rank_zero_warn(f"BAIR {split}: records are missing or damaged, and left out: {'; '.join(reasons[:3])}")
-        found = [record for records, _ in index.values() for record in records]
+        found = [Record(path, *place) for path, entry in files.items() for place in entry.records]
         if not found:
-            raise FileNotFoundError(f"BAIR {split}: no sound record in {len(index)} files. {_SOURCE}")
+            raise FileNotFoundError(f"BAIR {split}: no sound record in {len(files)} files {self.hint()}")
         return found
+
+
+def _with_frames(path: Path, entry: Entry) -> Entry:
+    """Say what reading needs to know of a file's records, and whether there are as many as its name promises."""
+    first, last = _bounds(path)
+    error = entry.error
+    if not error and len(entry.records) != last - first + 1 > 0:
+        error = f"{path} holds {len(entry.records)} records; its name promises {last - first + 1}"
+    return replace(entry, info=_INFO if entry.records else None, error=error)
 
 
 def _bounds(file: Path) -> tuple[int, int]:

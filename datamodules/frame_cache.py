@@ -28,9 +28,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.decoding import UnreadableVideoError
+from datamodules.listing import Video
 from datamodules.sampler import ClipRequest
 from datamodules.shards import FORMAT_VERSION, ShardPlan, ShardReader, begin, progress_bar, read_header, write_json
-from datamodules.video import Split, Video, VideoClips, VideoDataModule
+from datamodules.video import Split, VideoClips, VideoDataModule
 from datamodules.windows import provenance, video_name
 
 COMMAND = "longtake cache-frames --config <experiment>"
@@ -137,7 +138,8 @@ class _ShardJobs(Dataset[int]):
 def _all_frames(dataset: VideoClips, number: int) -> np.ndarray:
     """Decode a whole video as the data set shows it: uint8 `[T, H, W, 3]`, no frames if it cannot be read.
 
-    An empty item holds the place of a video that cannot be read: numbers are those of the data set.
+    An empty item holds the place of a video that cannot be read: numbers are those of the data set. No other video is
+    shown in its place, and it does not go into quarantine: clips of another part of it may well be readable.
     """
     video = dataset.videos[number]
     whole = copy.copy(dataset)  # the same data set, with this video as its only clip
@@ -145,9 +147,11 @@ def _all_frames(dataset: VideoClips, number: int) -> np.ndarray:
     whole.num_frames = whole.span = video.num_frames
     parts = [np.empty((0, dataset.resolution, dataset.resolution, 3), np.uint8)]
     try:
+        if reason := dataset.quarantined().get(video.place.absolute()):
+            raise UnreadableVideoError(reason)
         for first in range(0, video.num_frames, _FRAMES_AT_ONCE):
             count = min(_FRAMES_AT_ONCE, video.num_frames - first)
-            parts.append(_rounded(whole[ClipRequest(0, read_start=first, read_frames=count)]["video"]))
+            parts.append(_rounded(whole.read(ClipRequest(0, read_start=first, read_frames=count))))
     except UnreadableVideoError as error:
         rank_zero_warn(f"{video_name(video)} cannot be read, and is empty in the cache: {error}")
         return parts[0]

@@ -51,21 +51,6 @@ class FramesDataModule(VideoFilesDataModule):
         self.has_classes = has_classes
         self.root_variable = root_variable
 
-    def found_root(self) -> Path:
-        """Return the folder.
-
-        Raises:
-            FileNotFoundError: if it is not given, or not there.
-        """
-        root = self.root or os.environ.get(self.root_variable)
-        if not root:
-            raise FileNotFoundError(f"There is no folder to read videos from: set --data.root or {self.root_variable}.")
-        if not Path(root).is_dir():
-            raise FileNotFoundError(
-                f"No folder {root} to read videos from (--data.root or the variable {self.root_variable})."
-            )
-        return Path(root)
-
     def listing(self) -> dict[Split, dict[Path, int]]:
         """Return the videos of both splits, sorted by their paths, with their labels.
 

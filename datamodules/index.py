@@ -2,7 +2,8 @@
 
 There are two levels. `quick` opens a file and reads its header: hundreds of files a second, enough for an overview.
 `full` reads all of it: counts packets, finds key frames, decodes the first and the last frame, sees whether the end is
-missing, and hashes the content. Training takes `full`, since headers lie.
+missing, and hashes the content. Training takes `full`, since headers lie. Of a TFRecord file, `quick` walks from record
+to record, and `full` also compares them with their checksums.
 """
 
 import json
@@ -29,6 +30,7 @@ from datamodules.decoding import (
     read_header,
 )
 from datamodules.reader import own_reader
+from datamodules.tfrecord import find_records
 
 Level = Literal["quick", "full"]
 
@@ -42,6 +44,8 @@ _log = logging.getLogger(__name__)
 class Entry:
     """What is known of a file, or of a folder of frames.
 
+    A TFRecord file may have sound records and, because of others, an error.
+
     Args:
         file: size in bytes (number of frames for a folder) and time of the last change in ns; () if it is not there.
         level: how closely it was looked at.
@@ -50,6 +54,7 @@ class Entry:
         digest: hash of the content, at level `full`; for a folder, of its first and last frame and their number.
         error: why it cannot be read; empty if it can.
         is_truncated: whether that is because its end is missing.
+        records: of a TFRecord file, number, offset and length of each sound record.
     """
 
     file: tuple[int, ...]
@@ -59,6 +64,12 @@ class Entry:
     digest: str = ""
     error: str = ""
     is_truncated: bool = False
+    records: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def num_videos(self) -> int:
+        """How many videos it holds: the sound records of a TFRecord file, otherwise one."""
+        return len(self.records) or 1
 
 
 def examine(path: Path, level: Level) -> dict[str, Any]:
@@ -68,15 +79,28 @@ def examine(path: Path, level: Level) -> dict[str, Any]:
         if path.is_dir():
             found |= _examine_images(path)
         else:
-            found["header"] = asdict(read_header(path))
+            if path.suffix == ".tfrecords":
+                found |= _examine_records(path, level)
+            else:
+                found["header"] = asdict(read_header(path))
+                if level == "full":
+                    found["info"] = asdict(probe(path))
             if level == "full":
-                found["info"] = asdict(probe(path))
                 with open(path, "rb") as file:
                     found["digest"] = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
     except OSError as error:
         found["error"] = str(error)
         found["is_truncated"] = isinstance(error, TruncatedVideoError) or (path.is_file() and bytes_are_missing(path))
     return found
+
+
+def _examine_records(path: Path, level: Level) -> dict[str, Any]:
+    records, errors = find_records(path, verify=level == "full")
+    return {
+        "records": [(record.number, record.offset, record.length) for record in records],
+        "error": "; ".join(map(str, errors)),
+        "is_truncated": any(isinstance(error, TruncatedVideoError) for error in errors),
+    }
 
 
 def _examine_images(folder: Path) -> dict[str, Any]:
@@ -134,7 +158,7 @@ def index_entries(
     fresh: dict[str, Entry] = {}
     unsaved: list[dict[str, Any]] = []
     if changed:
-        _log.info("Indexing %d of %d videos below %s (%s).", len(changed), len(paths), root, level)
+        _log.info("Indexing %d of %d files below %s (%s).", len(changed), len(paths), root, level)
     try:
         for path, found in _examined(changed, level, read_timeout, show_progress):
             line = {"path": names[path], "file": stamps[path], "level": level, **found}
@@ -210,7 +234,8 @@ def _entry(line: Mapping[str, Any]) -> Entry:
         fields["header"] = Header(**header)
     if info := fields.get("info"):
         fields["info"] = VideoInfo(**{**info, "key_frames": tuple(info["key_frames"])})
-    return Entry(**{**fields, "file": tuple(fields["file"])})
+    records = tuple(map(tuple, fields.get("records", ())))
+    return Entry(**{**fields, "file": tuple(fields["file"]), "records": records})
 
 
 def _load(file: "LinesFile") -> dict[str, Entry]:

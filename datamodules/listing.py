@@ -1,34 +1,84 @@
-"""What the data sets share that are lists of files: where they lie, what is missing, and evaluation windows."""
+"""Videos of a data set: how they are found and read, and which parts of them are shown for evaluation."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.video import Video
+from datamodules.decoders import DECODERS, Decoder, require_decoder
+from datamodules.decoding import VideoInfo
+from datamodules.reader import own_reader
 
 
-def found_root(name: str, root: str | None, variable: str, source: str) -> Path:
-    """Return the folder of a data set, from the option or from the environment.
+@dataclass(frozen=True)
+class Video:
+    """A video of a data set.
 
     Args:
-        name: of the data set.
-        root: what `--data.root` says.
-        variable: the environment variable that takes its place.
-        source: where to get the data set, for the error.
+        path: a file, or a folder of frames.
+        label: its class.
+        num_frames: how many frames it has.
+        key_frames: frames at which decoding may begin.
+        decoder: how to read it, a key of `DECODERS`.
+        read_timeout: seconds after which reading is given up, in a child process; None waits for ever.
+    """
+
+    path: Path
+    label: int
+    num_frames: int
+    key_frames: tuple[int, ...] = (0,)
+    decoder: str = "pyav"
+    read_timeout: float | None = None
+
+    @property
+    def place(self) -> Path:
+        """What the quarantine list calls it."""
+        return self.path
+
+    def frames(self, start: int, count: int, stride: int) -> Iterator[np.ndarray]:
+        """Yield frames `start, start + stride, ...` as uint8 `[H, W, 3]`.
+
+        Raises:
+            UnreadableVideoError: if one of them cannot be read.
+        """
+        where = (start, count, stride, self.key_frames)
+        if self.read_timeout is None:
+            return DECODERS[self.decoder](self.path, *where)
+        return own_reader().call(self.path, self.read_timeout, self.decoder, *where)
+
+
+def indexed_videos(
+    labels: Mapping[Path, int],
+    index: Mapping[Path, VideoInfo | str],
+    decoder: Decoder = "pyav",
+    read_timeout: float | None = None,
+) -> list[Video]:
+    """Return the readable videos of an index, in the order of `labels`, and warn of the others.
 
     Raises:
-        FileNotFoundError: if there is none.
+        ValueError: if the decoder does not give the right frames of all of them.
     """
-    place = root or os.environ.get(variable)
-    if not place:
-        raise FileNotFoundError(f"{name} has no folder: set --data.root or {variable}. {source}")
-    if not Path(place).is_dir():
-        raise FileNotFoundError(f"{name}: no folder {place} (--data.root or {variable}). {source}")
-    return Path(place)
+    reasons = [info for path in labels if isinstance(info := index[path], str)]
+    if reasons:
+        rank_zero_warn(
+            f"{len(reasons)} of {len(labels)} videos cannot be read and are left out, such as: {'; '.join(reasons[:3])}"
+        )
+    readable = {path: info for path in labels if isinstance(info := index[path], VideoInfo)}
+    require_decoder(decoder, readable)
+    return [
+        Video(
+            path,
+            labels[path],
+            info.num_frames,
+            info.key_frames,
+            "images" if info.container == "images" else decoder,
+            read_timeout,
+        )
+        for path, info in readable.items()
+    ]
 
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
@@ -40,16 +90,11 @@ def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
                 yield Path(place, name)
 
 
-def warn_of_differences(list_name: str, num_listed: int, missing: Sequence[str], extra: Sequence[str | Path]) -> None:
-    """Say how many videos of a list are not there, and how many files are in no list; both are left out."""
-    if missing:
-        rank_zero_warn(f"{list_name}: {len(missing)} of {num_listed} videos are missing, such as {_first(missing)}.")
+def warn_of_extra_files(name: str, extra: Sequence[Path]) -> None:
+    """Say how many files are in no list, and left out."""
     if extra:
-        rank_zero_warn(f"{list_name}: {len(extra)} files are in no list and left out, such as {_first(extra)}.")
-
-
-def _first(names: Sequence[str | Path]) -> str:
-    return ", ".join(map(str, names[:3]))
+        shown = ", ".join(map(str, extra[:3]))
+        rank_zero_warn(f"{name}: {len(extra)} files are in no list and left out, such as {shown}.")
 
 
 def spaced_starts(num_frames: int, span: int, windows: int) -> list[int]:
@@ -119,12 +164,12 @@ def evaluation_windows(videos: Iterable[Video], span: int, windows: int | None, 
     places = [(i, crops) for i in range(crops)] if crops > 1 else [None]
     return [
         VideoWindow(
-            path=video.path,
-            label=video.label,
-            num_frames=video.num_frames if windows is None else span,
-            key_frames=video.key_frames,
-            first_frame=0 if windows is None else spaced_starts(video.num_frames, span, windows)[number],
-            crop=place,
+            **vars(video)
+            | {
+                "num_frames": video.num_frames if windows is None else span,
+                "first_frame": 0 if windows is None else spaced_starts(video.num_frames, span, windows)[number],
+                "crop": place,
+            }
         )
         for number in range(windows or 1)
         for place in places

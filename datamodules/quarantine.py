@@ -1,4 +1,4 @@
-"""The files that failed while they were read: a list that all processes of all runs share."""
+"""The videos that failed while they were read: a list that all processes of all runs share."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -11,9 +11,9 @@ _log = logging.getLogger(__name__)
 
 
 class Quarantine:
-    """Files that failed while they were read, with the reason; a file that changes leaves the list.
+    """Videos that failed while they were read, with the reason; when their file changes they leave the list.
 
-    Files are known by their absolute paths.
+    Videos are known by the absolute paths of their files, records of a TFRecord file as `<file>/<number>`.
 
     Args:
         root: folder of the data set. The list is kept in `quarantine.jsonl` below it (see `LinesFile`), and its entries
@@ -27,7 +27,7 @@ class Quarantine:
         self._size = 0
 
     def reasons(self, paths: Collection[Path]) -> Mapping[Path, str]:
-        """Return those of these files that are on the list, with their reasons, as all processes know them by now.
+        """Return those of these videos that are on the list, with their reasons, as all processes know them by now.
 
         Args:
             paths: absolute paths.
@@ -36,16 +36,16 @@ class Quarantine:
             self._size = self.file.size()
             for line in self.file.load():
                 path = Path(line["path"])
-                if path not in self._reasons and tuple(line["file"]) == file_stamp(path):
+                if path not in self._reasons and tuple(line["file"]) == _stamp(path):
                     self._reasons[path] = line["reason"]
         return {path: reason for path, reason in self._reasons.items() if path in paths}
 
     def add(self, path: Path, reason: str) -> None:
-        """Put a file on the list."""
+        """Put a video on the list."""
         if path in self:
             return
         self._reasons[path.absolute()] = reason
-        line: dict[str, Any] = {"path": str(path.absolute()), "file": file_stamp(path), "reason": reason}
+        line: dict[str, Any] = {"path": str(path.absolute()), "file": _stamp(path), "reason": reason}
         if self.file is not None:
             try:
                 self.file.append([line])
@@ -57,3 +57,7 @@ class Quarantine:
 
     def __str__(self) -> str:
         return "in memory" if self.file is None else str(self.file.place)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    return file_stamp(path.parent if path.parent.is_file() else path)

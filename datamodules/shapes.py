@@ -202,8 +202,6 @@ class MovingShapesDataModule(VideoDataModule):
         seed: key of the clips and of the data order.
     """
 
-    class_names = CLASS_NAMES
-
     def __init__(
         self,
         num_train: int = 4096,
@@ -228,6 +226,10 @@ class MovingShapesDataModule(VideoDataModule):
         self.speed = speed
         self.size = size
         self.texture = texture
+
+    def class_names(self) -> list[str]:
+        """Return shape and colour of each label."""
+        return list(CLASS_NAMES)
 
     def make_dataset(self, split: Split) -> MovingShapes:
         """Return the clips of a split."""

@@ -11,26 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from datamodules.listing import files_below, warn_of_extra_files
+from datamodules.video import Split, VideoFilesDataModule
 
-from datamodules.index import index_videos
-from datamodules.listing import check_windows, evaluation_windows, files_below, found_root, warn_of_differences
-from datamodules.sampler import ClipRequest
-from datamodules.video import Split, VideoClips, VideoDataModule, indexed_videos
-from models.random import keyed_generator
-
-ROOT_VARIABLE = "LONGTAKE_SSV2"
-
-_FLIP_STREAM = 131
 _OPPOSITE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 # Whole words: `upright` is no direction. Neither is the `right` of "pulling it right out as you remove your hand".
 _DIRECTION = re.compile(r"\b([Ll]eft|[Rr]ight)\b(?! out)")
 _SUFFIXES = (".webm", ".mp4")  # some mirrors rename the files; what they are is seen when they are opened
-_SOURCE = (
-    "Qualcomm's developer site gives the data set out for research, after registration: join and unpack the parts to "
-    "20bn-something-something-v2/<id>.webm, and put the lists (labels.json, train.json, validation.json) beside it "
-    "or in labels/."
-)
+_FOLDER = "20bn-something-something-v2"  # as the archive has it
 
 
 @dataclass(frozen=True)
@@ -65,29 +53,7 @@ def mirrored_labels(class_names: Sequence[str]) -> list[int]:
     return [labels[opposite[name]] for name in class_names]
 
 
-class MirroredClips(VideoClips):
-    """Clips of which half are mirrored, with the label that the mirror image has.
-
-    Args:
-        mirrored: label of each label's mirror image.
-        *args: as for `VideoClips`.
-        **options: as for `VideoClips`.
-    """
-
-    def __init__(self, mirrored: Sequence[int], *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.mirrored = mirrored
-
-    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        item = super().__getitem__(request)
-        generator = keyed_generator(self.seed, _FLIP_STREAM, request.epoch, item["index"])
-        if torch.rand((), generator=generator) < 0.5:
-            item["video"] = item["video"].flip(3)  # [3, T, H, W]
-            item["label"] = self.mirrored[item["label"]]
-        return item
-
-
-class SSV2DataModule(VideoDataModule):
+class SSV2DataModule(VideoFilesDataModule):
     """Something-Something-v2: one clip a video, from a random place in each epoch.
 
     The root holds the videos, `<id>.webm`, in any folder (the archive's is `20bn-something-something-v2/`), and the
@@ -95,101 +61,59 @@ class SSV2DataModule(VideoDataModule):
     or with the older `something-something-v2-` before them. A clip's label is the number that labels.json gives to its
     template, brackets removed.
 
-    Videos that are listed but missing, and files that no list has, are counted in warnings.
+    Where `horizontal_flip` asks for it, half of the training clips are mirrored, and labels that name left or right are
+    exchanged. Videos that are listed but missing, and files that no list has, are counted in warnings.
 
     Args:
         root: folder of the data set; the environment variable LONGTAKE_SSV2 by default.
         val_list: which list to validate on; for `test`, test-answers.csv must be there, since test.json has no classes.
-        num_frames: frames of a clip; shorter videos are left out.
-        frame_stride: distance of neighbouring frames of a clip in the video, 1 for all frames.
-        resolution: height and width of a clip, in pixels.
-        antialias: whether the bilinear resize filters when it shrinks.
-        random_crop: whether training clips are cropped at a random place instead of the centre.
-        horizontal_flip: whether half of the training clips are mirrored; labels that name left or right are exchanged.
-        val_windows: clips of each validation video along time, evenly spaced, the first one of all videos first; null
-            takes one at a place drawn from the seed.
-        val_crops: clips of each validation video along its longer side, evenly spaced; 1 takes the centre.
-        cache_dir: where to keep the index of the videos; `<root>/.longtake` by default.
-        batch_size: training clips per batch and process.
-        val_batch_size: validation clips per batch and process, `batch_size` by default.
-        num_workers: worker processes per loader; 0 decodes in the main process.
-        seed: key of the data order and of all random choices in clips.
+        **options: those of every data module that reads files.
     """
 
+    title = "Something-Something-v2"
+    root_variable = "LONGTAKE_SSV2"
+    source = (
+        "Qualcomm's developer site gives the data set out for research, after registration: join and unpack the parts "
+        "to 20bn-something-something-v2/<id>.webm, and put the lists (labels.json, train.json, validation.json) beside "
+        "it or in labels/."
+    )
+
     def __init__(
-        self,
-        root: str | None = None,
-        val_list: Literal["validation", "test"] = "validation",
-        num_frames: int = 16,
-        frame_stride: int = 1,
-        resolution: int = 128,
-        antialias: bool = True,
-        random_crop: bool = False,
-        horizontal_flip: bool = False,
-        val_windows: int | None = None,
-        val_crops: int = 1,
-        cache_dir: str | None = None,
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        self, root: str | None = None, val_list: Literal["validation", "test"] = "validation", **options: Any
     ) -> None:
-        super().__init__(num_frames, frame_stride, resolution, batch_size, val_batch_size, num_workers, seed)
-        check_windows(val_windows, val_crops)
-        self.root = root
+        super().__init__(root, **options)
         self.val_list = val_list
-        self.antialias = antialias
-        self.random_crop = random_crop
-        self.horizontal_flip = horizontal_flip
-        self.val_windows = val_windows
-        self.val_crops = val_crops
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._annotations: dict[Split, dict[Path, Annotation]] = {}
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The templates, without brackets, by label."""
+    def class_names(self) -> list[str]:
+        """Return the templates, without brackets.
+
+        Raises:
+            FileNotFoundError: if there is no labels.json.
+            ValueError: if it does not number the classes.
+        """
         file = self._list("labels")
         names = {int(label): name for name, label in json.loads(file.read_text()).items()}
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"{file}: the labels are not the numbers from 0 to {len(names) - 1}, each once.")
-        return tuple(names[label] for label in range(len(names)))
+        return [names[label] for label in range(len(names))]
 
-    @property
-    def direction_sensitive(self) -> tuple[int, ...]:
-        """Labels of the classes whose template names left or right: what a mirror makes wrong."""
-        return tuple(label for label, name in enumerate(self.class_names) if _DIRECTION.search(name))
+    def direction_sensitive(self) -> list[int]:
+        """Return the labels of the classes whose template names left or right: what a mirror makes wrong."""
+        return [label for label, name in enumerate(self.class_names()) if _DIRECTION.search(name)]
 
-    def prepare_data(self) -> None:
-        """Index the videos, in one process of each machine; the others read the index."""
-        listing = self.listing()
-        index_videos([*listing["train"], *listing["val"]], self._root(), self.cache_dir)
-
-    def make_dataset(self, split: Split) -> VideoClips:
-        """Return the clips of a split.
-
-        Raises:
-            FileNotFoundError: if the root, the lists or the videos are not there.
-            ValueError: if a template is not in labels.json, or has no mirror image and one is asked for.
-        """
-        labels = self.listing()[split]
-        videos = indexed_videos(labels, index_videos(list(labels), self._root(), self.cache_dir))
-        if split == "val":
-            span = (self.num_frames - 1) * self.frame_stride + 1
-            videos = evaluation_windows(videos, span, self.val_windows, self.val_crops) or videos
-        arguments = (videos, self.num_frames, self.frame_stride, self.resolution, self.seed)
-        options: dict[str, Any] = {
-            "antialias": self.antialias,
-            "random_crop": self.random_crop and split == "train",
-            "name": f"Something-Something-v2 {split}",
-        }
-        if self.horizontal_flip and split == "train":
-            return MirroredClips(mirrored_labels(self.class_names), *arguments, **options)
-        return VideoClips(*arguments, **options)
+    def mirrored_labels(self) -> list[int]:
+        """Return the label of each label's mirror image; see the function of this name."""
+        return mirrored_labels(self.class_names())
 
     def listing(self) -> dict[Split, dict[Path, int]]:
-        """Return the videos of both splits that are there, with their labels, in the lists' order."""
-        labels = {name: label for label, name in enumerate(self.class_names)}
+        """Return the videos of both splits, in the lists' order; those that are missing where they should be.
+
+        Raises:
+            FileNotFoundError: if the root or the lists are not there, or a list has no video at all.
+            ValueError: if a list has another form, or a template that labels.json has not.
+        """
+        labels = {name: label for label, name in enumerate(self.class_names())}
         listing: dict[Split, dict[Path, int]] = {}
         for split, annotations in self.annotations().items():
             unknown = sorted({a.template for a in annotations.values()} - labels.keys())
@@ -199,7 +123,7 @@ class SSV2DataModule(VideoDataModule):
         return listing
 
     def annotations(self) -> dict[Split, dict[Path, Annotation]]:
-        """Return what the lists say of the videos of both splits that are there."""
+        """Return what the lists say of the videos of both splits."""
         if not self._annotations:
             files: dict[str, Path] = {}
             extra: list[Path] = []
@@ -209,23 +133,21 @@ class SSV2DataModule(VideoDataModule):
             }
             others = [name for name in ("validation", "test") if name != self.val_list and self._files_of_list(name)]
             listed = set().union(*lists.values(), *(self._rows(name) for name in others))
-            for file in files_below(self._root(), _SUFFIXES):
+            for file in files_below(self.found_root(), _SUFFIXES):
                 if file.stem in listed and file.stem not in files:
                     files[file.stem] = file
                 else:
                     extra.append(file)
             for split, rows in lists.items():
-                missing = [f"{name}.webm" for name in rows if name not in files]
-                if len(missing) == len(rows):
+                if not rows.keys() & files.keys():
                     raise FileNotFoundError(
                         f"Something-Something-v2: none of the {len(rows)} videos of the {split} list is below "
-                        f"{self._root()}: expected files such as {missing[0] if missing else '1.webm'} "
-                        f"(--data.root or {ROOT_VARIABLE}). {_SOURCE}"
+                        f"{self.found_root()}: expected files such as {next(iter(rows), '1')}.webm {self.hint()}"
                     )
-                warn_of_differences(f"Something-Something-v2 {split}", len(rows), missing, ())
-            warn_of_differences("Something-Something-v2", 0, (), extra)
+            warn_of_extra_files("Something-Something-v2", extra)
+            missing = self.found_root() / _FOLDER
             self._annotations = {
-                split: {files[name]: annotation for name, annotation in rows.items() if name in files}
+                split: {files.get(name, missing / f"{name}.webm"): annotation for name, annotation in rows.items()}
                 for split, rows in lists.items()
             }
         return self._annotations
@@ -262,7 +184,7 @@ class SSV2DataModule(VideoDataModule):
         return {name: Annotation(templates[name]) for name in rows}
 
     def _files_of_list(self, name: str, suffix: str = ".json") -> list[Path]:
-        root = self._root()
+        root = self.found_root()
         folders = (root, root / "labels", root / "annotations")
         names = (f"{name}{suffix}", f"something-something-v2-{name}{suffix}")
         return [folder / file for folder in folders for file in names if (folder / file).is_file()]
@@ -271,13 +193,10 @@ class SSV2DataModule(VideoDataModule):
         files = self._files_of_list(name, suffix)
         if not files:
             raise FileNotFoundError(
-                f"Something-Something-v2: no list {name}{suffix} in {self._root()}, its labels/ or its annotations/ "
-                f"(--data.root or {ROOT_VARIABLE}). {_SOURCE}"
+                f"Something-Something-v2: no list {name}{suffix} in {self.found_root()}, its labels/ or its "
+                f"annotations/ {self.hint()}"
             )
         return files[0]
-
-    def _root(self) -> Path:
-        return found_root("Something-Something-v2", self.root, ROOT_VARIABLE, _SOURCE)
 
 
 def _without_brackets(template: str) -> str:

@@ -9,28 +9,19 @@ Z^n(w_1) ^ ... ^ Z(w_n). Instead of word by word, the sum is taken half by half 
 of the second, joins the second), with a table of Z^(2^k) for each k: a few large array operations for each record.
 """
 
-import json
-import logging
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datamodules.decoding import UnreadableVideoError
+from datamodules.decoding import TruncatedVideoError, UnreadableVideoError, require_regular_file
 
 _POLYNOMIAL = 0x82F63B78  # Castagnoli's, reflected
 _ROW_LEVEL = 14  # rows of 2^14 words are 64 KiB: a row and the tables stay in the cache
-_INDEX_VERSION = 1
-_SAVE_EVERY = 16
-
-_log = logging.getLogger(__name__)
 
 
 def _prefix() -> int:
@@ -130,7 +121,7 @@ class Record:
         return payload
 
 
-def find_records(path: Path, verify: bool) -> tuple[list[Record], list[str]]:
+def find_records(path: Path, verify: bool) -> tuple[list[Record], list[UnreadableVideoError]]:
     """Walk through a file.
 
     Args:
@@ -139,9 +130,14 @@ def find_records(path: Path, verify: bool) -> tuple[list[Record], list[str]]:
 
     Returns:
         The sound records, and why the others are not. Nothing can be found behind a wrong length or a cut.
+
+    Raises:
+        UnreadableVideoError: if it is no file, such as a pipe.
+        OSError: if it cannot be read.
     """
     records: list[Record] = []
-    reasons: list[str] = []
+    reasons: list[UnreadableVideoError] = []
+    require_regular_file(path)
     size, offset, number = path.stat().st_size, 0, 0
     with path.open("rb") as file:
         while offset < size:
@@ -150,91 +146,23 @@ def find_records(path: Path, verify: bool) -> tuple[list[Record], list[str]]:
             length, checksum = struct.unpack("<QI", header.ljust(12, b"\0"))
             record = Record(path, number, offset, length)
             if len(header) == 12 and checksum != masked_crc32c(header[:8]):
-                reasons.append(f"{record}: the length does not match its checksum; the rest of the file is lost.")
+                reasons.append(
+                    UnreadableVideoError(
+                        f"{record}: the length does not match its checksum; the rest of the file is lost."
+                    )
+                )
                 break
             if len(header) < 12 or offset + 12 + length + 4 > size:
-                reasons.append(f"{record}: the file ends inside of it.")
+                reasons.append(TruncatedVideoError(f"{record}: the file ends inside of it."))
                 break
             try:
                 if verify:
                     record.read(verify=True)
                 records.append(record)
             except UnreadableVideoError as error:
-                reasons.append(str(error))
+                reasons.append(error)
             offset, number = offset + 12 + length + 4, number + 1
     return records, reasons
-
-
-def index_records(
-    paths: Sequence[Path], root: Path, cache_dir: Path | None = None, verify: bool = True
-) -> dict[Path, tuple[list[Record], list[str]]]:
-    """Find the records of files, once: what is found is kept in a JSON file, and used while a file does not change.
-
-    The index is `tfrecords.json` in `<root>/.longtake`, or one named after the root in `cache_dir`. If it cannot be
-    written, `~/.cache/longtake` takes its place.
-
-    Args:
-        paths: the files, below `root`.
-        root: folder of the data set.
-        cache_dir: where to keep the index instead.
-        verify: whether payloads must have been compared with their checksums.
-
-    Returns:
-        For each file what `find_records` returns.
-    """
-    own_name = f"tfrecords-{sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
-    place = root / ".longtake" / "tfrecords.json" if cache_dir is None else cache_dir / own_name
-    fallback = Path.home() / ".cache" / "longtake" / own_name
-    known = {**_load_index(fallback), **_load_index(place)}
-    names = {path: os.path.relpath(path, root) for path in paths}
-    stats = {path: [(status := path.stat()).st_size, status.st_mtime_ns] for path in paths}
-    changed = [
-        path
-        for path, name in names.items()
-        if name not in known or known[name]["file"] != stats[path] or (verify and not known[name]["verified"])
-    ]
-    if changed:
-        size = sum(stats[path][0] for path in changed) / 1e9
-        _log.info("Indexing %d record files below %s, once (%.1f GB).", len(changed), root, size)
-    with ThreadPoolExecutor() as pool:  # numpy computes checksums without the interpreter's lock
-        found = pool.map(lambda path: find_records(path, verify), changed)
-        for done, (path, (records, reasons)) in enumerate(zip(changed, found, strict=True), start=1):
-            known[names[path]] = {
-                "file": stats[path],
-                "verified": verify,
-                "records": [[record.number, record.offset, record.length] for record in records],
-                "reasons": reasons,
-            }
-            if done % _SAVE_EVERY == 0 or done == len(changed):
-                place = _save_index(known, place, fallback)
-    return {
-        path: ([Record(path, *place) for place in known[name]["records"]], known[name]["reasons"])
-        for path, name in names.items()
-    }
-
-
-def _load_index(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):  # not there, or not ours: it is made anew
-        return {}
-    return content["files"] if content.get("version") == _INDEX_VERSION else {}
-
-
-def _save_index(known: dict[str, Any], place: Path, fallback: Path) -> Path:
-    """Write the index whole or not at all, and return where it went."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = place.with_name(f".{place.name}.{os.getpid()}")
-        scratch.write_text(json.dumps({"version": _INDEX_VERSION, "files": known}))
-        os.replace(scratch, place)
-    except OSError as error:
-        if place == fallback:
-            raise
-        _log.warning("The index of records cannot be written to %s (%s); it goes to %s. Choose a folder with "
-                     "--data.cache_dir.", place, error.strerror, fallback)  # fmt: skip
-        return _save_index(known, fallback, fallback)
-    return place
 
 
 def parse_example(payload: bytes) -> dict[str, list[memoryview] | np.ndarray]:

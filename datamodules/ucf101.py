@@ -1,17 +1,9 @@
 """UCF-101 (Soomro et al., 2012): 13,320 clips of 101 actions, 320x240 at 25 frames a second."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.video import Split, VideoFilesDataModule
-
-ROOT_VARIABLE = "LONGTAKE_UCF101"
-
-_SOURCE = (
-    "The data set is at https://www.crcv.ucf.edu/data/UCF101.php: UCF101.rar holds the videos, "
-    "UCF101TrainTestSplits-RecognitionTask.zip the lists (ucfTrainTestlist)."
-)
 
 
 class UCF101DataModule(VideoFilesDataModule):
@@ -29,26 +21,20 @@ class UCF101DataModule(VideoFilesDataModule):
         **options: those of every data module that reads files.
     """
 
+    title = "UCF-101"
+    root_variable = "LONGTAKE_UCF101"
+    source = (
+        "The data set is at https://www.crcv.ucf.edu/data/UCF101.php: UCF101.rar holds the videos, "
+        "UCF101TrainTestSplits-RecognitionTask.zip the lists (ucfTrainTestlist)."
+    )
+
     def __init__(self, root: str | None = None, split: Literal[1, 2, 3] = 1, **options: Any) -> None:
         super().__init__(root, **options)
         self.split = split
 
-    def found_root(self) -> Path:
-        """Return the folder of the data set.
-
-        Raises:
-            FileNotFoundError: if it is not given, or not there.
-        """
-        root = self.root or os.environ.get(ROOT_VARIABLE)
-        if not root:
-            raise FileNotFoundError(f"UCF-101 has no folder: set --data.root or {ROOT_VARIABLE}. {_SOURCE}")
-        if not Path(root).is_dir():
-            raise FileNotFoundError(f"UCF-101: no folder {root} (--data.root or {ROOT_VARIABLE}). {_SOURCE}")
-        return Path(root)
-
     def class_names(self) -> list[str]:
         """Return the classes in the order of classInd.txt."""
-        rows = [row.split() for row in _lines(self.found_root() / "ucfTrainTestlist" / "classInd.txt")]
+        rows = [row.split() for row in self._lines("classInd.txt")]
         return [name for _, name in sorted(rows, key=lambda row: int(row[0]))]
 
     def listing(self) -> dict[Split, dict[Path, int]]:
@@ -66,19 +52,19 @@ class UCF101DataModule(VideoFilesDataModule):
         for split, kind in splits:
             list_name = f"{kind}0{self.split}.txt"
             # a row is `Class/v_Name.avi`, in train lists with the label behind it
-            rows = [row.split()[0].split("/") for row in _lines(root / "ucfTrainTestlist" / list_name)]
+            rows = [row.split()[0].split("/") for row in self._lines(list_name)]
             if unknown := {class_ for class_, _ in rows} - numbers.keys():
                 raise ValueError(f"UCF-101: classInd.txt lacks classes of {list_name}: {', '.join(sorted(unknown))}.")
             if not any(name.lower() in files for _, name in rows):
                 raise FileNotFoundError(
                     f"UCF-101: none of the {len(rows)} videos of {list_name} is below {root}: expected "
-                    f"UCF-101/<Class>/v_*.avi or UCF101/v_*.avi (--data.root or {ROOT_VARIABLE}). {_SOURCE}"
+                    f"UCF-101/<Class>/v_*.avi or UCF101/v_*.avi {self.hint()}"
                 )
             found[split] = {files.get(name.lower(), folder / class_ / name): numbers[class_] for class_, name in rows}
         return found
 
-
-def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise FileNotFoundError(f"UCF-101: no list {file} (--data.root or {ROOT_VARIABLE}). {_SOURCE}")
-    return [line for line in file.read_text().splitlines() if line.strip()]
+    def _lines(self, list_name: str) -> list[str]:
+        file = self.found_root() / "ucfTrainTestlist" / list_name
+        if not file.is_file():
+            raise FileNotFoundError(f"UCF-101: no list {file} {self.hint()}")
+        return [line for line in file.read_text().splitlines() if line.strip()]

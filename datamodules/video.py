@@ -1,8 +1,9 @@
 """What all video data modules share: clips of video files, and the loaders of any data set of clips."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from datamodules.decoders import DECODERS, Decoder, require_decoder
-from datamodules.decoding import UnreadableVideoError, VideoInfo
+from datamodules.decoders import Decoder
+from datamodules.decoding import UnreadableVideoError
 from datamodules.index import Entry, Level, index_entries, index_videos
+from datamodules.listing import Video, check_windows, evaluation_windows, indexed_videos
 from datamodules.quarantine import Quarantine
-from datamodules.reader import own_reader
 from datamodules.sampler import (
     ClipBatchSampler,
     ClipRequest,
@@ -39,54 +40,6 @@ _SUBSTITUTES = 10
 _READS_TO_JUDGE = 100
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video of a data set.
-
-    Args:
-        path: a file, or a folder of frames.
-        label: its class.
-        num_frames: how many frames it has.
-        key_frames: frames at which decoding may begin.
-        decoder: how to read it, a key of `DECODERS`.
-    """
-
-    path: Path
-    label: int
-    num_frames: int
-    key_frames: tuple[int, ...] = (0,)
-    decoder: str = "pyav"
-
-    def frames(self, start: int, count: int, stride: int) -> Iterator[np.ndarray]:
-        """Yield frames `start, start + stride, ...` as uint8 `[H, W, 3]`.
-
-        Raises:
-            UnreadableVideoError: if one of them cannot be read.
-        """
-        return DECODERS[self.decoder](self.path, start, count, stride, self.key_frames)
-
-
-def indexed_videos(
-    labels: Mapping[Path, int], index: Mapping[Path, VideoInfo | str], decoder: Decoder = "pyav"
-) -> list[Video]:
-    """Return the readable videos of an index, in the order of `labels`, and warn of the others.
-
-    Raises:
-        ValueError: if the decoder does not give the right frames of all of them.
-    """
-    reasons = [info for path in labels if isinstance(info := index[path], str)]
-    if reasons:
-        rank_zero_warn(
-            f"{len(reasons)} of {len(labels)} videos cannot be read and are left out, such as: {'; '.join(reasons[:3])}"
-        )
-    readable = {path: info for path in labels if isinstance(info := index[path], VideoInfo)}
-    require_decoder(decoder, readable)
-    return [
-        Video(path, labels[path], info.num_frames, info.key_frames, "images" if info.container == "images" else decoder)
-        for path, info in readable.items()
-    ]
 
 
 class VideoClips(Dataset[dict[str, Any]]):
@@ -110,7 +63,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         quarantine: list of videos that are not to be read; by default one of this process, empty at first.
         max_bad_fraction: share of the videos that may fail (at least one video, unless it is 0), judged after 100
             reads.
-        read_timeout: seconds after which reading a clip is given up, in a child process; None waits for ever.
+        mirrored_labels: label of each label's mirror image; None if a mirror changes none.
 
     Raises:
         ValueError: if no video is long enough.
@@ -129,7 +82,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         name: str = "data set",
         quarantine: Quarantine | None = None,
         max_bad_fraction: float = 0.01,
-        read_timeout: float | None = None,
+        mirrored_labels: Sequence[int] | None = None,
     ) -> None:
         self.span = (num_frames - 1) * frame_stride + 1
         self.videos = [video for video in videos if video.num_frames >= self.span]
@@ -150,17 +103,15 @@ class VideoClips(Dataset[dict[str, Any]]):
         self.horizontal_flip = horizontal_flip
         self.name = name
         self.quarantine = Quarantine() if quarantine is None else quarantine
-        self.most_bad = ceil(max_bad_fraction * len(videos))
-        self.read_timeout = read_timeout
-        self._paths = frozenset(video.path.absolute() for video in self.videos)
+        self.mirrored_labels = mirrored_labels
+        self._places = frozenset(video.place.absolute() for video in self.videos)  # several clips may show one video
+        self.most_bad = ceil(max_bad_fraction * len(self._places))
         self._reads = 0
-        if known := self.quarantine.reasons(self._paths):
+        if known := self.quarantined():
             rank_zero_warn(
-                f"{name}: {len(known)} of {len(self.videos)} videos are in quarantine ({self.quarantine}): others are "
+                f"{name}: {len(known)} of {len(self._places)} videos are in quarantine ({self.quarantine}): others are "
                 f"shown in their place. {'; '.join(list(known.values())[:3])}"
             )
-        if read_timeout is not None and any(type(video).frames is not Video.frames for video in self.videos):
-            raise ValueError(f"{name} is read in a way of its own, without --data.read_timeout.")
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -173,31 +124,35 @@ class VideoClips(Dataset[dict[str, Any]]):
         candidate, reason = request, ""
         for attempt in range(1, _SUBSTITUTES + 2):
             video = self.videos[candidate.index]
-            if video.path not in self.quarantine:
+            if video.place not in self.quarantine:
                 try:
-                    return make_item(candidate, self._read(candidate), video.label)
+                    return make_item(candidate, self.read(candidate), self._label(candidate))
                 except UnreadableVideoError as error:
                     reason = str(error)
-                self.quarantine.add(video.path, reason)
+                self.quarantine.add(video.place, reason)
                 _log.warning(
                     "Another video is shown instead of one that cannot be read (%d of %d so far): %s",
-                    len(self.quarantine.reasons(self._paths)), len(self.videos), reason,
+                    len(self.quarantined()), len(self._places), reason,
                 )  # fmt: skip
                 self._judge()
             position = self._uniform(_SUBSTITUTE_STREAM, request.epoch, request.index, attempt)
             candidate = replace(request, index=int(position * len(self.videos)))
-        reason = reason or self.quarantine.reasons(self._paths)[self.videos[request.index].path.absolute()]
+        reason = reason or self.quarantined()[self.videos[request.index].place.absolute()]
         raise UnreadableVideoError(
             f"{self.videos[request.index].path} and {_SUBSTITUTES} videos drawn in its place cannot be read, the last "
             f"because of: {reason}"
         )
 
+    def quarantined(self) -> Mapping[Path, str]:
+        """Return which videos are in quarantine and why, as all processes know it by now."""
+        return self.quarantine.reasons(self._places)
+
     def _judge(self) -> None:
         """Stop if too many videos are bad; what other processes found counts too."""
-        bad = self.quarantine.reasons(self._paths)
+        bad = self.quarantined()
         if self._reads >= _READS_TO_JUDGE and len(bad) > self.most_bad:
             raise UnreadableVideoError(
-                f"{self.name}: {len(bad)} of {len(self.videos)} videos cannot be read, and {self.most_bad} may be "
+                f"{self.name}: {len(bad)} of {len(self._places)} videos cannot be read, and {self.most_bad} may be "
                 f"(--data.max_bad_fraction). `longtake doctor` examines all. Quarantine list ({self.quarantine}):"
                 + "".join(f"\n  {reason}" for reason in list(bad.values())[:20])
                 + (f"\n  and {len(bad) - 20} more" if len(bad) > 20 else "")
@@ -212,20 +167,29 @@ class VideoClips(Dataset[dict[str, Any]]):
         """Draw from [0, 1)."""
         return float(torch.rand((), generator=keyed_generator(self.seed, stream, *keys), dtype=torch.float64))
 
-    def _read(self, request: ClipRequest) -> Tensor:
+    def _is_mirrored(self, request: ClipRequest) -> bool:
+        return self.horizontal_flip and self._uniform(_FLIP_STREAM, request.epoch, request.index) < 0.5
+
+    def _label(self, request: ClipRequest) -> int:
+        label = self.videos[request.index].label
+        if self.mirrored_labels is not None and self._is_mirrored(request):
+            return self.mirrored_labels[label]
+        return label
+
+    def read(self, request: ClipRequest) -> Tensor:
+        """Read the frames asked for, float32 `[3, T', H, W]` in [-1, 1], of this video and no other.
+
+        Raises:
+            UnreadableVideoError: if one of them cannot be read.
+        """
         video, key = self.videos[request.index], (request.epoch, request.index)
         start = self.start(request.index, request.epoch) + request.read_start * self.frame_stride
         count = self.num_frames - request.read_start if request.read_frames is None else request.read_frames
         place = [self._uniform(_CROP_STREAM, *key, axis) for axis in (1, 2)] if self.random_crop else None
         # one by one: a long clip of a large video is never in memory whole
-        if self.read_timeout is None:
-            found = video.frames(start, count, self.frame_stride)
-        else:
-            where = (start, count, self.frame_stride, video.key_frames)
-            found = own_reader().call(video.path, self.read_timeout, video.decoder, *where)
-        frames = [self._square(frame, place) for frame in found]
+        frames = [self._square(frame, place) for frame in video.frames(start, count, self.frame_stride)]
         clip = torch.stack(frames, dim=1)  # [3, T, H, W]
-        if self.horizontal_flip and self._uniform(_FLIP_STREAM, *key) < 0.5:
+        if self._is_mirrored(request):
             clip = clip.flip(3)
         return clip.div_(127.5).sub_(1).clamp_(-1, 1)
 
@@ -367,6 +331,9 @@ class VideoDataModule(LightningDataModule):
 class VideoFilesDataModule(VideoDataModule):
     """Clips of video files and folders of frames; the base of the data modules that find them in their own layouts.
 
+    A subclass says where the files are and what they show: `listing` and `class_names`, and in the class attributes its
+    `title`, the environment variable `root_variable` that may name its folder, and the `source` of the data set.
+
     Args:
         root: folder of the data set; an environment variable by default.
         num_frames: frames of a clip; shorter videos are left out.
@@ -375,6 +342,9 @@ class VideoFilesDataModule(VideoDataModule):
         antialias: whether the bilinear resize filters when it shrinks.
         random_crop: whether training clips are cropped at a random place instead of the centre.
         horizontal_flip: whether half of the training clips are mirrored.
+        val_windows: clips of each validation video along time, evenly spaced, the first one of all videos first; null
+            takes one at a place drawn from the seed.
+        val_crops: clips of each validation video along its longer side, evenly spaced; 1 takes the centre.
         cache_dir: where to keep the index of the videos and the quarantine list; `<root>/.longtake` by default.
         decoder: `pyav` is right for every file. `torchcodec` needs its package and FFmpeg's libraries, and files whose
             time stamps can be trusted (no AVI).
@@ -387,6 +357,10 @@ class VideoFilesDataModule(VideoDataModule):
         seed: key of the data order and of all random choices in clips.
     """
 
+    title = "The data set"
+    root_variable = ""
+    source = ""
+
     def __init__(
         self,
         root: str | None = None,
@@ -396,6 +370,8 @@ class VideoFilesDataModule(VideoDataModule):
         antialias: bool = True,
         random_crop: bool = False,
         horizontal_flip: bool = False,
+        val_windows: int | None = None,
+        val_crops: int = 1,
         cache_dir: str | None = None,
         decoder: Decoder = "pyav",
         read_timeout: float | None = None,
@@ -410,10 +386,13 @@ class VideoFilesDataModule(VideoDataModule):
             raise ValueError(f"read_timeout={read_timeout} leaves no time to read: null or more (--data.read_timeout).")
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={max_bad_fraction} is no share: 0 to 1 (--data.max_bad_fraction).")
+        check_windows(val_windows, val_crops)
         self.root = root
         self.antialias = antialias
         self.random_crop = random_crop
         self.horizontal_flip = horizontal_flip
+        self.val_windows = val_windows
+        self.val_crops = val_crops
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.decoder: Decoder = decoder
         self.read_timeout = read_timeout
@@ -431,13 +410,27 @@ class VideoFilesDataModule(VideoDataModule):
         """Return the names of the labels 0, 1, ...; empty where there are no classes."""
         raise NotImplementedError
 
+    def mirrored_labels(self) -> Sequence[int] | None:
+        """Return the label of each label's mirror image; None if a mirror changes none."""
+        return None
+
     def found_root(self) -> Path:
-        """Return the folder of the data set.
+        """Return the folder of the data set, from the option or from the environment.
 
         Raises:
             FileNotFoundError: if it is not given, or not there.
         """
-        raise NotImplementedError
+        root = self.root or os.environ.get(self.root_variable)
+        if not root:
+            hint = f"set --data.root or {self.root_variable}. {self.source}".rstrip()
+            raise FileNotFoundError(f"{self.title} has no folder: {hint}")
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"{self.title}: no folder {root} {self.hint()}")
+        return Path(root)
+
+    def hint(self) -> str:
+        """Return the end of an error message: which option is meant, and where to get the data set."""
+        return f"(--data.root or {self.root_variable}). {self.source}".rstrip()
 
     def entries(self, level: Level = "full", again: bool = False) -> dict[Path, Entry]:
         """Examine all files of the listing that are not yet in the index; see `index_entries`."""
@@ -446,8 +439,13 @@ class VideoFilesDataModule(VideoDataModule):
         return index_entries(paths, root, self.cache_dir, level, timeout, show_progress=True, again=again)
 
     def quarantine(self) -> Quarantine:
-        """Return the list of files that failed while they were read."""
+        """Return the list of videos that failed while they were read."""
         return Quarantine(self.found_root(), self.cache_dir)
+
+    def num_quarantined(self) -> int:
+        """Return how many videos of the data sets in use are on that list, as all processes know it by now."""
+        bad = [clips.quarantined() for clips in self.datasets.values() if isinstance(clips, VideoClips)]
+        return len(set().union(*bad))
 
     def prepare_data(self) -> None:
         """Index the videos, in one process of each machine; the others read the index."""
@@ -459,19 +457,28 @@ class VideoFilesDataModule(VideoDataModule):
         Raises:
             FileNotFoundError: if the data set is not there.
         """
-        labels, root = self.listing()[split], self.found_root()
-        index = index_videos(list(labels), root, self.cache_dir, self.read_timeout)
-        return VideoClips(
-            indexed_videos(labels, index, self.decoder),
+        labels = self.listing()[split]
+        index = index_videos(list(labels), self.found_root(), self.cache_dir, self.read_timeout)
+        videos = indexed_videos(labels, index, self.decoder, self.read_timeout)
+        if split == "val" and (self.val_windows, self.val_crops) != (None, 1):
+            span = (self.num_frames - 1) * self.frame_stride + 1
+            videos = evaluation_windows(videos, span, self.val_windows, self.val_crops) or videos
+        return self.make_clips(videos, split)
+
+    def make_clips(self, videos: Sequence[Video], split: Split, kind: type[VideoClips] = VideoClips) -> VideoClips:
+        """Return the clips of videos of a split, as the options have them."""
+        flip = self.horizontal_flip and split == "train"
+        return kind(
+            videos,
             self.num_frames,
             self.frame_stride,
             self.resolution,
             self.seed,
             antialias=self.antialias,
             random_crop=self.random_crop and split == "train",
-            horizontal_flip=self.horizontal_flip and split == "train",
-            name=f"{root.name} {split}",
+            horizontal_flip=flip,
+            name=f"{self.found_root().name} {split}",
             quarantine=self.quarantine(),
             max_bad_fraction=self.max_bad_fraction,
-            read_timeout=self.read_timeout,
+            mirrored_labels=self.mirrored_labels() if flip else None,
         )

@@ -8,12 +8,18 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
-from datamodules.video import Split, Video, VideoClips, VideoDataModule
+from datamodules.listing import Video
+from datamodules.video import Split, VideoClips, VideoDataModule
 
 # What changes nothing about a clip, or is nobody else's business.
 _NOT_THE_TRANSFORM = {
     "root",
+    "root_variable",
     "cache_dir",
+    "decoder",
+    "read_timeout",
+    "max_bad_fraction",
+    "verify",
     "batch_size",
     "val_batch_size",
     "num_workers",

@@ -5,7 +5,7 @@ import json
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--again", action="store_true", help="look once more at files that could not be read before")
     options, words = parser.parse_known_args(args)
 
-    data = data_module(options.data, words)
+    data = files_data_module(options.data, words)
     began = time.perf_counter()
     report = examine(data, "quick" if options.quick else "full", options.again)
     report["seconds_taken"] = round(time.perf_counter() - began, 1)
@@ -60,32 +60,20 @@ def main(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def data_module(name: str, words: Sequence[str]) -> "VideoFilesDataModule":
-    """Make the data module that a class name, or the `data` section of an experiment file, and options describe.
+def files_data_module(name: str, words: Sequence[str]) -> "VideoFilesDataModule":
+    """Make the data module that a class name, or an experiment file, and options describe.
 
     Raises:
         ValueError: if the file has no such section, or the module has no files to examine.
     """
-    import yaml
-    from jsonargparse import ActionConfigFile
+    from datamodules.video import VideoFilesDataModule
+    from experiments.data_module import data_module
 
-    from datamodules.video import VideoDataModule
-    from experiments.lightning_cli import LongtakeParser, expanded_configs
-
-    parser = LongtakeParser(prog="longtake doctor")
-    parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_lightning_class_args(VideoDataModule, "data", subclass_mode=True, required=True)
     if name.endswith((".yaml", ".yml")):
-        contents = [yaml.safe_load(file.read_text()) or {} for file in expanded_configs(Path(name))]
-        sections = [json.dumps({"data": content["data"]}) for content in contents if "data" in content]
-        if not sections:
-            raise ValueError(f"{name} has no `data` section, and no base of it has (--data).")
-        chosen = [f"--config={section}" for section in sections]
+        data = data_module([Path(name)], words, "doctor")
     else:
-        chosen = [f"--data={name}"]
-    config = parser.parse_args([*chosen, *words])
-    data = parser.instantiate_classes(config)["data"]
-    if not hasattr(data, "listing"):
+        data = data_module([], [f"--data={name}", *words], "doctor")
+    if not isinstance(data, VideoFilesDataModule):
         raise ValueError(f"{type(data).__name__} reads no files that could be examined (--data).")
     return data
 
@@ -103,31 +91,38 @@ def examine(data: "VideoFilesDataModule", level: Any, again: bool = False) -> di
     """
     listing, names = data.listing(), data.class_names()
     entries = data.entries(level, again)
-    reasons = data.quarantine().reasons({path.absolute() for path in entries})
-    quarantined = {path: reasons[path.absolute()] for path in entries if path.absolute() in reasons}
+    places = {path: _places(path, entry) for path, entry in entries.items()}
+    quarantined = data.quarantine().reasons({place for found in places.values() for place in found})
     span = (data.num_frames - 1) * data.frame_stride + 1
 
-    usable = {path for path, entry in entries.items() if path not in quarantined and _num_frames(entry) >= span}
-    kinds = {path: _kind(path, entry, quarantined, span) for path, entry in entries.items()}
-    problems: dict[str, Any] = {
-        kind: {str(path): quarantined.get(path) or entries[path].error for path in entries if kinds[path] == kind}
-        for kind in ("corrupt", "truncated", "missing", "quarantined")
+    usable = {  # how many videos of each file
+        path: sum(place not in quarantined for place in places[path])
+        for path, entry in entries.items()
+        if _num_frames(entry) >= span
     }
+    kinds = {path: _kind(entry, span) for path, entry in entries.items()}
+    problems: dict[str, Any] = {
+        kind: {str(path): entries[path].error for path in entries if kinds[path] == kind}
+        for kind in ("corrupt", "truncated", "missing")
+    }
+    problems["quarantined"] = {str(place): reason for place, reason in quarantined.items()}
     problems |= _copies(listing, entries)
 
     splits: dict[str, dict[str, Any]] = {}
     for split, labels in listing.items():
         counts = Counter(kinds[path] for path in labels)
-        lengths = {path: _num_frames(entries[path]) for path in labels if not entries[path].error}
+        counts["quarantined"] = sum(place in quarantined for path in labels for place in places[path])
+        readable = [path for path in labels if entries[path].info or not entries[path].error]
+        lengths = {path: _num_frames(entries[path]) * entries[path].num_videos for path in readable}
         splits[split] = {
-            "videos": len(labels),
-            "usable": sum(path in usable for path in labels),
+            "videos": sum(entries[path].num_videos for path in labels),
+            "usable": sum(usable.get(path, 0) for path in labels),
             **{kind: counts[kind] for kind in ("too_short", "corrupt", "truncated", "missing", "quarantined")},
             "frames": sum(lengths.values()),
-            "hours": sum(lengths[path] / fps for path in lengths if (fps := _fps(entries[path]))) / 3600,
-            "gigabytes": sum(_num_bytes(path, entries[path]) for path in lengths) / 1e9,
-            "clips": sum(lengths[path] - span + 1 for path in labels if path in usable),
-            "classes": _classes(labels, names, usable),
+            "hours": sum(lengths[path] / fps for path in readable if (fps := _fps(entries[path]))) / 3600,
+            "gigabytes": sum(_num_bytes(path, entries[path]) for path in readable) / 1e9,
+            "clips": sum(usable.get(path, 0) * (_num_frames(entries[path]) - span + 1) for path in labels),
+            "classes": _classes(labels, names, entries, usable),
         }
     problems["empty"] = [f"{split}: no video is long enough" for split, found in splits.items() if not found["usable"]]
     problems["empty"] += [
@@ -147,14 +142,17 @@ def examine(data: "VideoFilesDataModule", level: Any, again: bool = False) -> di
     }
 
 
-def _kind(path: Path, entry: "Entry", quarantined: Mapping[Path, str], span: int) -> str:
+def _places(path: Path, entry: "Entry") -> list[Path]:
+    """What the quarantine list calls the videos of a file."""
+    return [path.absolute() / str(number) for number, _, _ in entry.records] or [path.absolute()]
+
+
+def _kind(entry: "Entry", span: int) -> str:
     if not entry.file:
         return "missing"
     if entry.error:
         return "truncated" if entry.is_truncated else "corrupt"
-    if path in quarantined:
-        return "quarantined"
-    return "usable" if _num_frames(entry) >= span else "too_short"
+    return "whole" if _num_frames(entry) >= span else "too_short"
 
 
 def _num_frames(entry: "Entry") -> int:
@@ -176,10 +174,15 @@ def _num_bytes(path: Path, entry: "Entry") -> int:
     return entry.file[0]
 
 
-def _classes(labels: Mapping[Path, int], names: Sequence[str], usable: Iterable[Path]) -> dict[str, dict[str, int]]:
-    videos = Counter(labels.values())
-    found = Counter(labels[path] for path in usable if path in labels)
-    return {name: {"videos": videos[label], "usable": found[label]} for label, name in enumerate(names)}
+def _classes(
+    labels: Mapping[Path, int], names: Sequence[str], entries: Mapping[Path, "Entry"], usable: Mapping[Path, int]
+) -> dict[str, dict[str, int]]:
+    counts = {name: {"videos": 0, "usable": 0} for name in names}
+    for path, label in labels.items():
+        if names:
+            counts[names[label]]["videos"] += entries[path].num_videos
+            counts[names[label]]["usable"] += usable.get(path, 0)
+    return counts
 
 
 def _copies(

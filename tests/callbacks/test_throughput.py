@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import Throughput
@@ -51,7 +51,7 @@ def test_clips_per_second_and_seconds_per_step(
     trainer.fit(timed_module, batches(6, batch_size=4))
     assert trainer.callback_metrics["train/clips_per_second"] == 2
     assert trainer.callback_metrics["train/seconds_per_step"] == 2
-    assert "train/tokens_per_second" not in trainer.callback_metrics
+    assert not {"train/tokens_per_second", "data/quarantined_videos"} & trainer.callback_metrics.keys()
     assert trainer.progress_bar_metrics == {"clips/s": 2, "s/step": 2}
 
 
@@ -134,6 +134,24 @@ def test_each_value_is_of_its_own_interval(
     trainer.fit(timed_module, batches(4))
     rows = csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines())
     assert [(int(row["step"]), float(row["train/seconds_per_step"])) for row in rows] == [(1, 51), (3, 2)]
+
+
+def test_videos_in_quarantine_are_counted_if_the_data_module_counts_them(
+    toy_module: LightningModule, batches: Batches, make_trainer: MakeTrainer
+) -> None:
+    class Data(LightningDataModule):
+        bad = 0
+
+        def train_dataloader(self) -> Iterable[dict[str, Any]]:
+            return batches(2)
+
+        def num_quarantined(self) -> int:
+            self.bad += 1
+            return self.bad
+
+    trainer = make_trainer(callbacks=[Throughput()], max_steps=2, log_every_n_steps=1)
+    trainer.fit(toy_module, Data())
+    assert trainer.callback_metrics["data/quarantined_videos"] == 2
 
 
 def test_the_real_clock_is_read(toy_module: LightningModule, batches: Batches, make_trainer: MakeTrainer) -> None:

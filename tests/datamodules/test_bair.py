@@ -174,15 +174,38 @@ class TestWhatIsRefused:
         ):
             data_of(root).make_dataset("val")
 
-    def test_one_such_record_is_replaced_while_training(
+    def test_one_such_record_is_replaced_while_training_and_goes_into_quarantine_alone(
         self, make_root: MakeRoot, caplog: pytest.LogCaptureFixture
     ) -> None:
         root = make_root()
-        write_records(root / "softmotion30_44k/train/traj_5_to_7.tfrecords", [payload(5), payload(6, 12), payload(7)])
-        item = data_of(root, actions=True).make_dataset("train")[ClipRequest(3)]
+        file = root / "softmotion30_44k/train/traj_5_to_7.tfrecords"
+        write_records(file, [payload(5), payload(6, 12), payload(7)])
+        data = data_of(root, actions=True)
+        data.setup()
+        train = data.datasets["train"]
+        item = train[ClipRequest(3)]
         assert item["index"] != 3
         assert int(item["action"][0, 0]) == [3, 4, 5, 6, 7][item["index"]]
         assert "record 1 at byte" in caplog.text
+        assert [train[ClipRequest(index)]["index"] for index in (2, 4)] == [2, 4]  # of the same file
+        assert data.num_quarantined() == 1
+        with pytest.warns(UserWarning, match=r"1 of 5 videos are in quarantine .*record 1 at byte"):
+            again = data_of(root, actions=True).make_dataset("train")
+        caplog.clear()
+        assert again[ClipRequest(3)]["index"] == item["index"]
+        assert caplog.text == ""  # the record was not read
+        write_records(file, [payload(5), payload(6), payload(7)])  # another file
+        assert data_of(root).make_dataset("train")[ClipRequest(3)]["index"] == 3
+
+    def test_too_many_such_records_stop_the_run(self, make_root: MakeRoot) -> None:
+        root = make_root()
+        file = root / "softmotion30_44k/train/traj_5_to_7.tfrecords"
+        write_records(file, [payload(5), payload(6, 12), payload(7)])
+        train = data_of(root, max_bad_fraction=0.0).make_dataset("train")
+        for number in range(99):
+            train[ClipRequest(number % 5)]
+        with pytest.raises(UnreadableVideoError, match=r"1 of 5 videos cannot be read, and 0 may be"):
+            train[ClipRequest(0)]
 
     def test_a_camera_that_is_not_there_is_named_with_those_that_are(self, make_root: MakeRoot) -> None:
         root = make_root()
@@ -232,7 +255,7 @@ class TestWhatIsRefused:
             ({"num_frames": 31}, r"span 31, but a record has 30.*--data\.num_frames"),
             ({"num_frames": 16, "frame_stride": 2}, r"16 frames at stride 2 span 31"),
             ({"val_windows": 16}, r"a record has 15 windows of 16 frames at stride 1, not 16 \(--data\.val_windows\)"),
-            ({"val_windows": 0}, r"not 0 \(--data\.val_windows\)"),
+            ({"val_windows": 0}, r"val_windows=0 is too small.*\(--data\.val_windows\)"),
             ({"actions": True, "horizontal_flip": True}, r"Switch off --data\.horizontal_flip or --data\.actions"),
         ],
     )

@@ -15,7 +15,7 @@ from datamodules import decoders
 from datamodules.decoders import iter_torchcodec, require_conformance, require_decoder
 from datamodules.decoding import UnreadableVideoError, iter_frames, probe
 from datamodules.index import index_videos
-from datamodules.video import indexed_videos
+from datamodules.listing import indexed_videos
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from datamodules import FrameCacheDataModule, FramesDataModule, MovingShapesData
 from datamodules.frame_cache import FrameWriter
 from datamodules.sampler import ClipRequest
 from datamodules.shards import ShardReader
-from datamodules.video import VideoDataModule
+from datamodules.video import VideoClips, VideoDataModule
+from datamodules.windows import provenance
 
 HALF_A_LEVEL = 0.5 / 127.5 + 1e-6
-IGNORE_FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +89,45 @@ def test_windows_of_a_curriculum_are_those_of_the_videos(root: Path, raw: Path) 
     assert largest_difference(decoded, read) <= HALF_A_LEVEL
 
 
-@IGNORE_FEW_CORES
 def test_worker_processes_write_and_read_the_same(root: Path, raw: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "frames", frames_of(root, num_workers=2))
     for file in raw.rglob("*.*"):
         if file.name != "config.json":  # of whichever shard was last
             assert (other / file.relative_to(raw)).read_bytes() == file.read_bytes(), file
     assert largest_difference(cached(raw), cached(raw, num_workers=2)) == 0
+
+
+def test_how_files_are_read_is_no_part_of_what_a_header_says(root: Path) -> None:
+    said = []
+    for options in ({}, {"read_timeout": 60.0, "max_bad_fraction": 0.5, "num_workers": 2}, {"antialias": False}):
+        data = frames_of(root, **options)
+        data.setup("fit")
+        said.append(provenance(data, data.datasets))
+    assert said[0] == said[1] != said[2]
+
+
+def test_a_bad_video_is_empty_in_the_cache_and_stops_nothing(root: Path, tmp_path: Path) -> None:
+    videos = shutil.copytree(root, tmp_path / "videos")
+    frames_of(videos).prepare_data()  # all are well
+    bad, listed = videos / "train/left/20.mp4", videos / "train/right/24.mp4"
+    bad.write_bytes(b"<html>")
+    stamp = bad.stat().st_mtime_ns
+    index = videos / ".longtake/index.jsonl"
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    for line in lines:  # as if it had gone bad after it was indexed
+        if line["path"] == "train/left/20.mp4":
+            line["file"] = [bad.stat().st_size, stamp]
+    index.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = frames_of(videos, max_bad_fraction=0.0)
+    data.quarantine().add(listed, "24.mp4: not read within 3 seconds")
+    with pytest.warns(UserWarning, match=r"(cannot be read, and is empty in the cache|are in quarantine)"):
+        folder = write(tmp_path / "frames", data)
+    lengths = {name: frames for name, _, frames in json.loads((folder / "train/videos.json").read_text())}
+    assert lengths == {"left/20.mp4": 0, "left/24.mp4": 24, "right/20.mp4": 20, "right/24.mp4": 0}
+    assert data.num_quarantined() == 1  # what cannot be read as a whole may hold clips that can
+    train = cached(folder).datasets["train"]
+    assert isinstance(train, VideoClips)
+    assert [video.path.as_posix() for video in train.videos] == ["left/24.mp4", "right/20.mp4"]
 
 
 def test_a_lossy_cache_is_smaller_near_and_says_so(root: Path, raw: Path, lossy: Path) -> None:

@@ -10,7 +10,8 @@ from PIL import Image
 from datamodules.decoders import frame_files, iter_images
 from datamodules.decoding import UnreadableVideoError
 from datamodules.frames import FramesDataModule, find_videos
-from datamodules.video import Video, VideoClips
+from datamodules.listing import Video
+from datamodules.video import VideoClips
 
 
 def write_frames(folder: Path, num_frames: int, name: str = "frame_{}.png") -> Path:
@@ -149,7 +150,7 @@ def test_batches_mix_files_and_folders(tmp_path: Path, write_video: Callable[...
 
 class TestErrors:
     def test_a_root_that_is_not_there_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"No folder .*nowhere .*--data.root"):
+        with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere .*--data.root or LONGTAKE_FRAMES"):
             data_of(tmp_path / "nowhere").setup()
 
     def test_a_root_with_too_few_videos_says_what_was_expected(self, tmp_path: Path) -> None:

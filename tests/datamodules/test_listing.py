@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from numbered_video import read_numbers
 
-from datamodules.listing import VideoWindow, evaluation_windows, spaced_starts
-from datamodules.video import Video
+from datamodules.listing import Video, VideoWindow, evaluation_windows, spaced_starts
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 7, 15])
@@ -60,3 +59,9 @@ def test_the_first_windows_of_all_videos_come_first_and_short_videos_not_at_all(
 
 def test_without_windows_the_whole_video_is_left_to_draw_from(video: Video) -> None:
     assert [window.num_frames for window in evaluation_windows([video], span=9, windows=None, crops=3)] == [20] * 3
+
+
+def test_windows_are_read_as_their_video_is() -> None:
+    video = Video(Path("a"), 3, num_frames=20, key_frames=(0, 8), decoder="torchcodec", read_timeout=2.0)
+    for window in evaluation_windows([video], span=9, windows=2, crops=3):
+        assert (window.key_frames, window.decoder, window.read_timeout) == ((0, 8), "torchcodec", 2.0)

@@ -14,13 +14,11 @@ from torch.utils.data import DataLoader
 
 from datamodules.decoding import UnreadableVideoError, require_regular_file
 from datamodules.frames import FramesDataModule
+from datamodules.listing import Video
 from datamodules.quarantine import Quarantine
 from datamodules.reader import ReaderProcess
 from datamodules.sampler import ClipRequest, collate_clips
-from datamodules.video import Video, VideoClips, VideoFilesDataModule
-
-# a worker more than there are cores is what these tests want
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+from datamodules.video import VideoClips, VideoFilesDataModule
 
 BAD = ("empty", "truncated", "three_frames", "text", "pipe", "vanished", "denied", "slow", "deadly")
 
@@ -133,12 +131,12 @@ class TestEveryKindOfBadFile:
 
 class TestTooMany:
     @staticmethod
-    def clips(tmp_path: Path, good: bytes, num_bad: int, num_good: int, **options: Any) -> VideoClips:
+    def clips(tmp_path: Path, num_bad: int, num_good: int, **options: Any) -> VideoClips:
         folder = Path(os.path.relpath(tmp_path))  # roots may be relative
         videos = [Video(folder / f"gone_{number}.avi", 0, 20) for number in range(num_bad)]
-        (tmp_path / "good.avi").write_bytes(good)
-        # one file stands for all that can be read; the bad ones are files of their own
-        videos += [Video(tmp_path / "good.avi", 1, 20)] * num_good
+        for number in range(num_good):
+            videos.append(Video(tmp_path / f"good_{number}.avi", 1, 20))
+            videos[-1].path.touch()  # what it shows is made up
         return VideoClips(videos, 1, 1, 16, seed=0, **options)
 
     @pytest.fixture(autouse=True)
@@ -149,8 +147,8 @@ class TestTooMany:
 
         monkeypatch.setattr(Video, "frames", frames)
 
-    def test_a_run_with_too_many_bad_files_stops_with_the_list(self, tmp_path: Path, small_avi: bytes) -> None:
-        dataset = self.clips(tmp_path, small_avi, 3, 117, name="toys")  # 2 of 120 may fail
+    def test_a_run_with_too_many_bad_files_stops_with_the_list(self, tmp_path: Path) -> None:
+        dataset = self.clips(tmp_path, 3, 117, name="toys")  # 2 of 120 may fail
         for index in [*range(99)]:
             dataset[ClipRequest(index)]  # too early to judge
         with pytest.raises(UnreadableVideoError) as stopped:
@@ -160,14 +158,12 @@ class TestTooMany:
         assert "longtake doctor" in message
         assert all(f"/gone_{number}.avi: " in message for number in range(3))
 
-    def test_as_many_as_allowed_do_not_stop_it(self, tmp_path: Path, small_avi: bytes) -> None:
-        dataset = self.clips(tmp_path, small_avi, 2, 118)
+    def test_as_many_as_allowed_do_not_stop_it(self, tmp_path: Path) -> None:
+        dataset = self.clips(tmp_path, 2, 118)
         assert {dataset[ClipRequest(index)]["label"] for index in range(120)} == {1}
 
-    def test_one_bad_file_stops_no_small_data_set_unless_none_is_allowed(
-        self, tmp_path: Path, small_avi: bytes
-    ) -> None:
-        lenient, strict = (self.clips(tmp_path, small_avi, 1, 9, max_bad_fraction=share) for share in (0.01, 0.0))
+    def test_one_bad_file_stops_no_small_data_set_unless_none_is_allowed(self, tmp_path: Path) -> None:
+        lenient, strict = (self.clips(tmp_path, 1, 9, max_bad_fraction=share) for share in (0.01, 0.0))
         for epoch in range(12):
             for index in range(10):
                 lenient[ClipRequest(index, epoch)]
@@ -176,8 +172,8 @@ class TestTooMany:
         with pytest.raises(UnreadableVideoError, match=r"1 of 10 videos cannot be read, and 0 may be"):
             strict[ClipRequest(9)]
 
-    def test_late_failures_stop_it_at_once(self, tmp_path: Path, small_avi: bytes) -> None:
-        dataset = self.clips(tmp_path, small_avi, 3, 117)
+    def test_late_failures_stop_it_at_once(self, tmp_path: Path) -> None:
+        dataset = self.clips(tmp_path, 3, 117)
         for index in range(3, 120):
             dataset[ClipRequest(index)]
         for index in (0, 1):
@@ -185,8 +181,8 @@ class TestTooMany:
         with pytest.raises(UnreadableVideoError, match="3 of 120"):
             dataset[ClipRequest(2)]
 
-    def test_what_another_process_found_counts(self, tmp_path: Path, small_avi: bytes) -> None:
-        one, other = (self.clips(tmp_path, small_avi, 3, 117, quarantine=Quarantine(tmp_path)) for _ in range(2))
+    def test_what_another_process_found_counts(self, tmp_path: Path) -> None:
+        one, other = (self.clips(tmp_path, 3, 117, quarantine=Quarantine(tmp_path)) for _ in range(2))
         for index in (0, 1):
             other[ClipRequest(index)]
         for index in range(3, 120):
@@ -195,18 +191,18 @@ class TestTooMany:
             one[ClipRequest(2)]
 
     def test_the_next_run_knows_the_list_reads_none_of_it_and_says_so(
-        self, tmp_path: Path, small_avi: bytes, caplog: pytest.LogCaptureFixture
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        first = self.clips(tmp_path, small_avi, 1, 9, quarantine=Quarantine(tmp_path))
+        first = self.clips(tmp_path, 1, 9, quarantine=Quarantine(tmp_path))
         substitute = first[ClipRequest(0)]["index"]
         caplog.clear()
         with pytest.warns(UserWarning, match=r"1 of 10 videos are in quarantine \(.*quarantine\.jsonl\).*gone_0"):
-            second = self.clips(tmp_path, small_avi, 1, 9, quarantine=Quarantine(tmp_path))
+            second = self.clips(tmp_path, 1, 9, quarantine=Quarantine(tmp_path))
         assert second[ClipRequest(0)]["index"] == substitute  # the same order of the same draws
         assert "cannot be read" not in caplog.text
 
-    def test_the_log_counts(self, tmp_path: Path, small_avi: bytes, caplog: pytest.LogCaptureFixture) -> None:
-        dataset = self.clips(tmp_path, small_avi, 2, 118)
+    def test_the_log_counts(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        dataset = self.clips(tmp_path, 2, 118)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "datamodules.video"):
             for index in (0, 1, 0):
@@ -214,23 +210,14 @@ class TestTooMany:
         assert ["(1 of 120 so far)" in m for m in caplog.messages] == [True, False]
         assert "(2 of 120 so far): " in caplog.messages[1]
 
-    def test_workers_stop_the_run_with_one_message(self, tmp_path: Path, small_avi: bytes) -> None:
-        dataset = self.clips(tmp_path, small_avi, 40, 80, name="toys", quarantine=Quarantine(tmp_path))
+    def test_workers_stop_the_run_with_one_message(self, tmp_path: Path) -> None:
+        dataset = self.clips(tmp_path, 40, 80, name="toys", quarantine=Quarantine(tmp_path))
         requests = [[ClipRequest(index)] for index in range(120)]
         loader = DataLoader(dataset, batch_sampler=requests, num_workers=2, collate_fn=collate_clips)  # type: ignore[arg-type]
         with pytest.raises(UnreadableVideoError) as stopped:
             list(loader)
         assert str(stopped.value).startswith("toys: 4")
         assert "Traceback" not in str(stopped.value)
-
-
-def test_a_way_of_reading_of_ones_own_has_no_timeout(tmp_path: Path) -> None:
-    class Strange(Video):
-        def frames(self, start: int, count: int, stride: int) -> Any:
-            return iter(())
-
-    with pytest.raises(ValueError, match=r"toys is read in a way of its own, without --data\.read_timeout"):
-        VideoClips([Strange(tmp_path, 0, 9)], 1, 1, 16, seed=0, name="toys", read_timeout=1.0)
 
 
 @pytest.mark.parametrize(("option", "value"), [("read_timeout", 0.0), ("max_bad_fraction", 1.5)])

@@ -20,7 +20,6 @@ from datamodules.sampler import (
 )
 from datamodules.video import Split, VideoDataModule
 
-IGNORE_FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 GROWING = Curriculum(frames_at=lambda step: min(2 * step + 2, 16), margin_frames=3, frame_multiple=2)
 
 
@@ -156,7 +155,6 @@ class TestCurriculum:
 
 
 class TestResuming:
-    @IGNORE_FEW_CORES
     @pytest.mark.parametrize("batches", [0, 2, 5, 7, 10])  # an epoch has 5
     @pytest.mark.parametrize("workers", [0, 2])
     def test_goes_on_exactly_where_it_stopped(self, batches: int, workers: int) -> None:
@@ -199,7 +197,6 @@ class TestResuming:
         alone.load_state_dict(states[0])
         assert [seen(batch) for batch in alone] == [seen(batch) for batch in expected][1:]
 
-    @IGNORE_FEW_CORES
     @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize("ranks", [(1, 1, 1), (2, 2, 2), (4, 1, 2)])
     def test_killed_twice_in_an_epoch_the_ledger_is_that_of_an_uninterrupted_run(
@@ -339,7 +336,6 @@ class TestUnderLightning:
         after = fit(resume=f"epoch={epochs - 1}.ckpt", max_epochs=4)
         assert before + after == fit(max_epochs=4)
 
-    @IGNORE_FEW_CORES
     def test_a_fit_with_workers_resumes_in_mid_epoch(self, fit: Callable[..., list[tuple[Any, ...]]]) -> None:
         before = fit(max_steps=7, workers=2)
         after = fit(resume="step=7.ckpt", max_steps=9, workers=2)

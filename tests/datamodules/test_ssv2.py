@@ -9,7 +9,6 @@ import torch
 
 from datamodules.sampler import ClipRequest
 from datamodules.ssv2 import Annotation, SSV2DataModule, mirrored_labels
-from datamodules.video import VideoClips
 
 TEMPLATES = [
     "Holding [something] next to [something]",
@@ -97,7 +96,7 @@ def test_labels_are_those_of_the_templates_in_each_layout(make_root: MakeRoot, l
     data = data_of(make_root(**layout))
     assert labels(data, "train") == TRAIN
     assert labels(data, "val") == VAL
-    assert data.class_names == tuple(NAMES)
+    assert data.class_names() == NAMES
 
 
 def test_batches_hold_video_label_and_index(make_root: MakeRoot) -> None:
@@ -134,15 +133,14 @@ def test_windows_of_validation_videos_are_spread_over_time(make_root: MakeRoot) 
 
 class TestDirections:
     def test_classes_that_name_left_or_right_are_found_by_their_words(self, make_root: MakeRoot) -> None:
-        assert data_of(make_root()).direction_sensitive == (1, 2, 4, 5)  # `upright` and `right out` are none
+        assert data_of(make_root()).direction_sensitive() == [1, 2, 4, 5]  # `upright` and `right out` are none
 
     def test_mirrored_labels_exchange_left_and_right(self) -> None:
         assert mirrored_labels(NAMES) == [0, 2, 1, 3, 5, 4, 6]
 
     def test_nothing_is_mirrored_unless_asked_for(self, make_root: MakeRoot) -> None:
         train = data_of(make_root()).make_dataset("train")
-        assert type(train) is VideoClips
-        assert not train.horizontal_flip
+        assert (train.horizontal_flip, train.mirrored_labels) == (False, None)
 
     def test_half_of_the_training_clips_are_mirrored_with_their_labels(self, make_root: MakeRoot) -> None:
         root = make_root()
@@ -169,7 +167,7 @@ class TestDirections:
             assert part["label"] == whole["label"]
 
     def test_validation_is_never_mirrored(self, make_root: MakeRoot) -> None:
-        assert type(data_of(make_root(), horizontal_flip=True).make_dataset("val")) is VideoClips
+        assert not data_of(make_root(), horizontal_flip=True).make_dataset("val").horizontal_flip
 
     def test_a_class_without_its_mirror_image_is_refused(self, make_root: MakeRoot) -> None:
         root = make_root()
@@ -180,11 +178,14 @@ class TestDirections:
 
 
 class TestWhatDiffers:
-    def test_missing_videos_are_counted_and_named(self, make_root: MakeRoot) -> None:
+    def test_missing_videos_are_listed_where_they_should_be_counted_and_named(self, make_root: MakeRoot) -> None:
         root = make_root()
-        (root / "20bn-something-something-v2/15.webm").unlink()
-        with pytest.warns(UserWarning, match=r"v2 train: 1 of 4 videos are missing, such as 15\.webm"):
-            assert "15" not in labels(data_of(root), "train")
+        missing = root / "20bn-something-something-v2/15.webm"
+        missing.unlink()
+        data = data_of(root)
+        assert data.listing()["train"][missing] == TRAIN["15"]
+        with pytest.warns(UserWarning, match=r"1 of 4 videos .* left out, such as: .*15\.webm: is not there"):
+            assert len(data.make_dataset("train")) == 3
 
     def test_files_of_no_list_are_counted_named_and_left_out(self, make_root: MakeRoot) -> None:
         root = make_root()
@@ -204,7 +205,7 @@ class TestWhatIsRefused:
         root = make_root()
         (root / "labels.json").write_text(json.dumps({name: str(2 * label) for label, name in enumerate(NAMES)}))
         with pytest.raises(ValueError, match=r"labels are not the numbers from 0 to 6, each once"):
-            _ = data_of(root).class_names
+            data_of(root).class_names()
 
     @pytest.mark.parametrize("content", ["{", '{"4": "Holding"}', '[{"template": "Holding"}]'])
     def test_a_list_of_another_form(self, make_root: MakeRoot, content: str) -> None:

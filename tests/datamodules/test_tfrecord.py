@@ -11,14 +11,14 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import crc32c as tensorboard_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from datamodules import tfrecord
+from datamodules import index
 from datamodules.decoding import UnreadableVideoError
+from datamodules.index import Level, index_entries
 from datamodules.tfrecord import (
     Record,
     crc32c,
     encode_example,
     find_records,
-    index_records,
     masked_crc32c,
     parse_example,
     write_records,
@@ -110,7 +110,9 @@ class TestFraming:
         records, reasons = find_records(records_file, verify=True)
         assert [record.read() for record in records] == [PAYLOADS[0], PAYLOADS[1], PAYLOADS[3]]
         assert [record.number for record in records] == [0, 1, 3]
-        assert reasons == [f"{records_file}, record 2 at byte 37: the payload does not match its checksum."]
+        assert list(map(str, reasons)) == [
+            f"{records_file}, record 2 at byte 37: the payload does not match its checksum."
+        ]
 
     def test_unverified_records_are_compared_when_they_are_read(self, records_file: Path) -> None:
         flip_bit(records_file, 13)
@@ -125,7 +127,9 @@ class TestFraming:
         records, reasons = find_records(records_file, verify)
         assert len(records) == 2
         assert len(reasons) == 1
-        assert reasons[0].startswith(f"{records_file}, record 2 at byte 37: the length does not match its checksum;")
+        assert str(reasons[0]).startswith(
+            f"{records_file}, record 2 at byte 37: the length does not match its checksum;"
+        )
 
     @pytest.mark.parametrize("cut", [1, 5, 10, 19])  # the last record takes 20 bytes
     def test_a_cut_end_is_named(self, records_file: Path, cut: int) -> None:
@@ -133,8 +137,8 @@ class TestFraming:
         records, reasons = find_records(records_file, verify=False)
         assert len(records) == 3
         assert len(reasons) == 1
-        assert "record 3 at byte" in reasons[0]
-        assert "the file ends inside of it" in reasons[0]
+        assert "record 3 at byte" in str(reasons[0])
+        assert "the file ends inside of it" in str(reasons[0])
 
     def test_a_file_that_shrank_after_it_was_indexed_is_named(self, records_file: Path) -> None:
         last = find_records(records_file, verify=False)[0][-1]
@@ -147,56 +151,48 @@ class TestIndex:
     def walks(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         seen: list[tuple[str, bool]] = []
 
-        def counted(path: Path, verify: bool) -> tuple[list[Record], list[str]]:
+        def counted(path: Path, verify: bool) -> tuple[list[Record], list[UnreadableVideoError]]:
             seen.append((path.name, verify))
             return find_records(path, verify)
 
-        monkeypatch.setattr(tfrecord, "find_records", counted)
+        monkeypatch.setattr(index, "find_records", counted)
         return seen
 
     def test_files_are_walked_through_once_and_again_when_they_change(
         self, records_file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         root, seen = records_file.parent, self.walks(monkeypatch)
-        first = index_records([records_file], root)
-        assert index_records([records_file], root) == first
+        first = index_entries([records_file], root)
+        assert index_entries([records_file], root) == first
+        assert [Record(records_file, *place).read() for place in first[records_file].records] == PAYLOADS
         assert seen == [("a.tfrecords", True)]
-        os.utime(records_file, ns=(1, 1))
-        index_records([records_file], root)
         write_records(records_file, PAYLOADS[:1])
-        assert [record.read() for record in index_records([records_file], root)[records_file][0]] == PAYLOADS[:1]
-        assert len(seen) == 3
+        entry = index_entries([records_file], root)[records_file]
+        assert [Record(records_file, *place).read() for place in entry.records] == PAYLOADS[:1]
+        assert len(seen) == 2
 
     def test_an_index_without_checksums_does_not_serve_who_wants_them(
         self, records_file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        root, seen = records_file.parent, self.walks(monkeypatch)
-        for verify in (False, True, False):
-            index_records([records_file], root, verify=verify)
-        assert seen == [("a.tfrecords", False), ("a.tfrecords", True)]
-
-    def test_it_lies_in_the_root_or_in_the_folder_given(self, records_file: Path, tmp_path: Path) -> None:
-        index_records([records_file], records_file.parent)
-        index_records([records_file], records_file.parent, tmp_path / "cache")
-        assert (records_file.parent / ".longtake/tfrecords.json").is_file()
-        assert [path.name[:10] for path in (tmp_path / "cache").iterdir()] == ["tfrecords-"]
-
-    def test_where_it_cannot_be_written_the_home_folder_takes_it(
-        self, records_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        (tmp_path / "occupied").write_text("a file where a folder should be")
+        flip_bit(records_file, 21 + 16 + 12 + 100)  # inside of record 2
         seen = self.walks(monkeypatch)
-        for _ in range(2):
-            index_records([records_file], records_file.parent, tmp_path / "occupied")
-        assert len(seen) == 1
-        assert "--data.cache_dir" in caplog.text
+        levels: tuple[Level, ...] = ("quick", "full", "quick")
+        found = [index_entries([records_file], records_file.parent, level=level)[records_file] for level in levels]
+        assert seen == [("a.tfrecords", False), ("a.tfrecords", True)]
+        assert [entry.num_videos for entry in found] == [4, 3, 3]
+        assert [bool(entry.digest) for entry in found] == [False, True, True]
+        assert "record 2 at byte 37: the payload does not match its checksum" in found[1].error
 
-    def test_a_broken_index_is_made_anew(self, records_file: Path) -> None:
-        index = records_file.parent / ".longtake/tfrecords.json"
-        index.parent.mkdir()
-        index.write_text("{")
-        assert len(index_records([records_file], records_file.parent)[records_file][0]) == 4
+    def test_a_cut_file_is_truncated_and_keeps_its_whole_records(self, records_file: Path) -> None:
+        records_file.write_bytes(records_file.read_bytes()[:-5])
+        entry = index_entries([records_file], records_file.parent)[records_file]
+        assert (entry.num_videos, entry.is_truncated) == (3, True)
+
+    def test_a_pipe_is_refused(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.tfrecords")
+        entry = index_entries([tmp_path / "a.tfrecords"], tmp_path)[tmp_path / "a.tfrecords"]
+        assert (entry.records, entry.is_truncated) == ((), False)
+        assert "is a pipe" in entry.error
 
 
 class TestExample:

@@ -17,13 +17,13 @@ from numbered_video import numbered_frame, read_number
 from torch import Tensor
 
 from datamodules import MovingShapesDataModule, TokenDataModule
+from datamodules.listing import Video
 from datamodules.sampler import ClipRequest
 from datamodules.shards import ShardReader
 from datamodules.tokens import CachedTokens, TokenOptions, TokenWriter, codes_type, read_codes
-from datamodules.video import Split, Video, VideoClips, VideoDataModule
+from datamodules.video import Split, VideoClips, VideoDataModule
 
 ABOUT: dict[str, Any] = {"tokenizer_digest": "abc", "codebook_size": 1000, "downsample": (4, 8, 8)}
-IGNORE_FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 
 
@@ -305,7 +305,6 @@ def test_processes_make_what_one_makes(cache: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "codes") == contents(cache)
 
 
-@IGNORE_FEW_CORES
 def test_worker_processes_make_what_none_make(cache: Path, tmp_path: Path) -> None:
     assert contents(write(tmp_path / "codes", moving_shapes(num_workers=2))) == contents(cache)
 
@@ -407,7 +406,6 @@ def test_without_a_curriculum_a_clip_is_all_of_its_codes(cache: Path) -> None:
     assert item["codes"].shape == (4, 4, 4)
 
 
-@IGNORE_FEW_CORES
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_batches_are_those_of_the_pixels(cache: Path, workers: int) -> None:
     """Cached codes and pixels give a prior the same clips in the same windows."""

@@ -107,7 +107,6 @@ def test_the_environment_names_the_root(make_root: MakeRoot, monkeypatch: pytest
     assert len(data_of(None).make_dataset("train")) == 6
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the machine has cores
 def test_workers_decode_the_same_clips(make_root: MakeRoot) -> None:
     root = make_root()
     alone, helped = data_of(root), data_of(root, num_workers=2)

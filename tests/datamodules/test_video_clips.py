@@ -12,8 +12,9 @@ from numbered_video import read_number
 from torch import Tensor
 
 from datamodules.decoding import UnreadableVideoError, VideoInfo, probe, read_frames
+from datamodules.listing import Video, indexed_videos
 from datamodules.sampler import ClipRequest
-from datamodules.video import Video, VideoClips, VideoDataModule, indexed_videos
+from datamodules.video import VideoClips, VideoDataModule
 
 
 def clips(videos: list[Video], **options: Any) -> VideoClips:

@@ -50,7 +50,6 @@ def test_scripts_are_found_by_their_names(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_data_path_can_be_measured() -> None:
     rows = {row.name: row for row in data.run(quick=True)}
     assert len(rows) == 7

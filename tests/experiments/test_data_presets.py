@@ -12,7 +12,7 @@ from PIL import Image
 import datamodules
 from datamodules.video import VideoDataModule
 from experiments.cli import ROOT, main
-from experiments.doctor import data_module
+from experiments.doctor import files_data_module
 
 PRESETS = {file.stem: file for file in sorted((ROOT / "experiments/_base/data").glob("*.yaml"))}
 
@@ -76,7 +76,7 @@ def test_a_preset_finds_its_layout_below_the_folder_that_the_environment_names(
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / folder / "1.jpg")
     monkeypatch.delenv(variable, raising=False)
-    data = data_module(str(PRESETS[name]), [])
+    data = files_data_module(str(PRESETS[name]), [])
     with pytest.raises(FileNotFoundError, match=rf"set --data\.root or {variable}"):
         data.listing()
     monkeypatch.setenv(variable, str(tmp_path))

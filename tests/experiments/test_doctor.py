@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import av
 import numpy as np
@@ -15,7 +16,8 @@ from PIL import Image
 
 from datamodules import FramesDataModule
 from experiments.cli import ROOT, main
-from experiments.doctor import data_module
+from experiments.doctor import files_data_module
+from experiments.make_layouts import main as make_layouts
 
 
 def write_video(path: Path, num_frames: int, brightness: int = 0) -> None:
@@ -24,7 +26,7 @@ def write_video(path: Path, num_frames: int, brightness: int = 0) -> None:
         stream = container.add_stream("mpeg4", rate=25)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         for number in range(num_frames):
-            image = np.full((32, 48, 3), brightness + 5 * number, np.uint8)
+            image = np.full((32, 48, 3), (brightness + 5 * number) % 256, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
@@ -142,28 +144,111 @@ def test_folders_of_frames_are_examined_too(root: Path) -> None:
     assert (report["splits"]["train"]["usable"], report["splits"]["train"]["frames"]) == (4, 39 + 9)
 
 
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two videos of three clips each as small data sets in the official layouts."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for name, level in (("one", 0), ("other", 60)):
+        write_video(folder / f"clips/{name}.avi", 90, brightness=level)
+    make_layouts([str(folder / "clips"), str(folder / "out"), "--frames=30"])
+    return folder / "out"
+
+
+class TestEveryDataModule:
+    SOUND: ClassVar = {  # videos for training and to validate on, frames of each, classes
+        "UCF101DataModule": ("ucf101", 4, 2, 30, 2),
+        "BAIRDataModule": ("bair", 4, 2, 30, 1),
+        "K600DataModule": ("k600", 4, 2, 30, 2),
+        "SSV2DataModule": ("ssv2", 4, 2, 30, 2),
+        "FramesDataModule": ("frames", 4, 2, 30, 2),
+    }
+
+    @staticmethod
+    def run(name: str, root: Path, out: Path, *words: str) -> tuple[int, dict[str, Any]]:
+        try:
+            main(["doctor", f"--data={name}", f"--data.root={root}", f"--out={out}", *words])
+            code = 0
+        except SystemExit as stopped:
+            code = int(str(stopped.code))
+        return code, json.loads((out / "report.json").read_text())
+
+    @pytest.mark.parametrize("name", SOUND)
+    def test_a_sound_data_set_is_counted(self, layouts: Path, tmp_path: Path, name: str) -> None:
+        layout, train, val, frames, classes = self.SOUND[name]
+        code, report = self.run(name, layouts / layout, tmp_path)
+        found = {split: report["splits"][split] for split in ("train", "val")}
+        assert code == 0, report["problems"]
+        assert (
+            [found[split]["videos"] for split in found] == [found[split]["usable"] for split in found] == [train, val]
+        )
+        assert [found[split]["frames"] for split in found] == [train * frames, val * frames]
+        assert found["train"]["clips"] == train * (frames - 15)
+        assert len(found["train"]["classes"]) == classes
+        assert report["estimates"]["seconds_per_clip_and_worker"] > 0
+
+    @pytest.mark.parametrize("name", SOUND)
+    def test_what_is_damaged_is_named_and_fails(self, layouts: Path, tmp_path: Path, name: str) -> None:
+        root = tmp_path / "data"
+        shutil.copytree(layouts / self.SOUND[name][0], root, ignore=shutil.ignore_patterns(".longtake"))
+        data = files_data_module(name, [f"--data.root={root}"])
+        file = next(iter(data.listing()["train"]))
+        if file.is_dir():
+            min(file.iterdir()).write_bytes(b"<html>")
+        else:
+            content = bytearray(file.read_bytes())
+            file.write_bytes(content[: len(content) // 2 + 9])  # inside of a record
+        code, report = self.run(name, root, tmp_path / "out")
+        assert code == 1
+        problems = report["problems"]["corrupt"] | report["problems"]["truncated"]
+        assert list(problems) == [str(file)]
+        if name == "BAIRDataModule":  # the rest of the records is used
+            assert list(report["problems"]["truncated"]) == [str(file)]
+            assert 0 < report["splits"]["train"]["usable"] < 4
+        else:
+            assert report["splits"]["train"]["usable"] == 3
+
+    @pytest.mark.parametrize("name", ["UCF101DataModule", "K600DataModule", "SSV2DataModule"])
+    def test_what_a_list_names_and_is_not_there_is_missing(self, layouts: Path, tmp_path: Path, name: str) -> None:
+        root = tmp_path / "data"
+        shutil.copytree(layouts / self.SOUND[name][0], root)
+        file = next(iter(files_data_module(name, [f"--data.root={root}"]).listing()["val"]))
+        file.unlink()
+        code, report = self.run(name, root, tmp_path / "out", "--quick")
+        assert (code, list(report["problems"]["missing"])) == (1, [str(file)])
+
+    def test_a_record_in_quarantine_is_named_alone(self, layouts: Path, tmp_path: Path) -> None:
+        root = tmp_path / "data"
+        shutil.copytree(layouts / "bair", root)
+        data = files_data_module("BAIRDataModule", [f"--data.root={root}"])
+        file = next(iter(data.listing()["train"]))
+        data.quarantine().add(file / "1", "record 1: no 30 frames")
+        code, report = self.run("BAIRDataModule", root, tmp_path / "out")
+        assert (code, report["problems"]["quarantined"]) == (1, {str(file / "1"): "record 1: no 30 frames"})
+        assert (report["splits"]["train"]["usable"], report["splits"]["train"]["quarantined"]) == (3, 1)
+
+
 class TestWhatIsExamined:
     def test_an_experiment_file_says_it_with_its_bases_and_options_win(self, root: Path) -> None:
         Path("parent.yaml").write_text(
             "data: {class_path: FramesDataModule, init_args: {num_frames: 4, resolution: 32}}\nmodel: {class_path: X}\n"
         )
         Path("child.yaml").write_text("base: parent.yaml\ndata: {init_args: {num_frames: 6}}\n")
-        data = data_module("child.yaml", [f"--data.root={root}", "--data.frame_stride=2"])
+        data = files_data_module("child.yaml", [f"--data.root={root}", "--data.frame_stride=2"])
         assert isinstance(data, FramesDataModule)
         assert (data.num_frames, data.frame_stride, data.resolution, data.root) == (6, 2, 32, str(root))
 
     def test_a_file_without_data_is_refused(self, root: Path) -> None:
         Path("none.yaml").write_text("trainer: {}\n")
         with pytest.raises(ValueError, match=r"none.yaml has no `data` section"):
-            data_module("none.yaml", [])
+            files_data_module("none.yaml", [])
 
     def test_a_data_module_without_files_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"MovingShapesDataModule reads no files that could be examined"):
-            data_module("MovingShapesDataModule", [])
+            files_data_module("MovingShapesDataModule", [])
 
     def test_an_unknown_option_is_refused_by_name(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
-            data_module("FramesDataModule", [f"--data.root={root}", "--data.nume_frames=3"])
+            files_data_module("FramesDataModule", [f"--data.root={root}", "--data.nume_frames=3"])
         assert "nume_frames" in capsys.readouterr().err
 
 

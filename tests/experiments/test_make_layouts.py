@@ -81,10 +81,10 @@ def test_the_three_splits_of_ucf101_hold_out_different_clips(layouts: Path, fold
 
 
 def test_classes_carry_the_videos_names(layouts: Path) -> None:
-    assert K600DataModule(str(layouts / "k600")).class_names == ("left turn", "street scene")
+    assert K600DataModule(str(layouts / "k600")).class_names() == ["left turn", "street scene"]
     ssv2 = SSV2DataModule(str(layouts / "ssv2"))
-    assert ssv2.class_names == ("Showing something of left turn", "Showing something of street scene")
-    assert ssv2.direction_sensitive == (0,)
+    assert ssv2.class_names() == ["Showing something of left turn", "Showing something of street scene"]
+    assert ssv2.direction_sensitive() == [0]
 
 
 class TestWhatIsRefused:
