@@ -53,12 +53,12 @@ def spectrogram(waveform: Tensor, edges: Tensor, first_sample: int = 0) -> Tenso
     middles = edges[:-1, None] + edges.diff()[:, None] * shares  # [T, 16]
     first = (middles * SAMPLING_RATE).round().long() - WINDOW // 2 - first_sample
     before, after = max(0, -int(first.min())), max(0, int(first.max()) + WINDOW - len(waveform))
-    heard = F.pad(waveform.float(), (before, after))[(first + before)[..., None] + torch.arange(WINDOW)]  # [T, 16, 512]
+    heard = F.pad(waveform.float(), (before, after)).unfold(0, WINDOW, 1)[first + before]  # [T, 16, 512]
     hann = torch.hann_window(WINDOW)
-    spectrum = torch.fft.rfft(heard * hann)[..., 1:]  # [T, 16, 256]
+    spectrum = torch.view_as_real(torch.fft.rfft(heard * hann)[..., 1:])  # [T, 16, 256, 2]
     # a sine of amplitude 1 has the energy of WINDOW x sum(hann^2) / 4 in all bins together (Parseval)
-    energy = spectrum.abs().square().unflatten(-1, (BANDS, -1)).sum(-1) / (WINDOW * hann.square().sum() / 4)
-    decibels = 10 * energy.clamp(min=10 ** (_FLOOR_DECIBELS / 10)).log10()  # [T, 16, 64]
+    energy = spectrum.square().unflatten(2, (BANDS, -1)).sum((3, 4)) / (WINDOW * hann.square().sum() / 4)  # [T, 16, 64]
+    decibels = 10 * energy.clamp(min=10 ** (_FLOOR_DECIBELS / 10)).log10()
     return (1 - 2 * decibels / _FLOOR_DECIBELS).clamp(-1, 1).transpose(1, 2)[None]  # [1, T, 64, 16]
 
 
