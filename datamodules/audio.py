@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.decoding import UnreadableVideoError
 from datamodules.frames import FramesDataModule
 from datamodules.sampler import ClipRequest
 from datamodules.video import Split, Video, VideoClips
@@ -104,14 +105,20 @@ def frame_times(path: str | Path, num_frames: int, extra: int = 1) -> Tensor:
 
     Returns:
         `[num_frames + extra]` float64 seconds.
+
+    Raises:
+        UnreadableVideoError: if it tells neither times nor a rate.
     """
     with av.open(os.path.abspath(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
+        assert isinstance(stream, av.VideoStream)  # its frames have been read
         stamps = sorted({packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None})
         if len(stamps) != num_frames or num_frames == 1:
-            rate = float(stream.average_rate or stream.guessed_rate)
-            return torch.arange(num_frames + extra, dtype=torch.float64) / rate
-        times = torch.tensor(stamps, dtype=torch.float64) * float(stream.time_base)
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate:
+                raise UnreadableVideoError(f"{path}: has neither a time stamp for each frame nor a frame rate.")
+            return torch.arange(num_frames + extra, dtype=torch.float64) / float(rate)
+        times = torch.tensor(stamps, dtype=torch.float64) * float(stream.time_base or 0)
     distance = (times[-1] - times[0]) / (num_frames - 1)
     return torch.cat([times, times[-1] + distance * torch.arange(1, extra + 1)])
 

@@ -150,13 +150,13 @@ class MixedDataModule(VideoDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(num_frames, videos.frame_stride, resolution, batch_size, val_batch_size, num_workers, seed)
-        for name, part in (("videos", videos), ("images", images)):
+        for part_name, part in (("videos", videos), ("images", images)):
             # built in Python, not by the command line: a checkpoint keeps plain values, not the object
-            if self.hparams.get(name) is part:
+            if self.hparams.get(part_name) is part:
                 path = f"{type(part).__module__}.{type(part).__name__}"
-                self.hparams[name] = {"class_path": path, "init_args": dict(part.hparams)}
+                self.hparams[part_name] = {"class_path": path, "init_args": dict(part.hparams)}
             part.seed = seed
-        for part, name, found, expected in (
+        for part_name, name, found, expected in (
             ("videos", "num_frames", videos.num_frames, num_frames),
             ("images", "num_frames", images.num_frames, 1),
             ("videos", "resolution", videos.resolution, resolution),
@@ -164,7 +164,7 @@ class MixedDataModule(VideoDataModule):
         ):
             if found != expected:
                 raise ValueError(
-                    f"The {part} have {name}={found}, expected {expected} (--data.{part}.init_args.{name})."
+                    f"The {part_name} have {name}={found}, expected {expected} (--data.{part_name}.init_args.{name})."
                 )
         if not 0 < image_ratio < 1 or not 1 <= images_per_stack <= num_frames:
             raise ValueError(

@@ -66,7 +66,7 @@ def collate_clips(items: list[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: if some items hold what others do not.
     """
-    partial = set.union(*map(set, items)) - set.intersection(*map(set, items))
+    partial = {key for item in items for key in item.keys() ^ items[0].keys()}
     if partial:
         raise ValueError(f"Only some clips of the batch hold {', '.join(sorted(partial))}: all must, or none.")
     batch = dict(items[0])

@@ -143,10 +143,10 @@ class TestFolders:
         assert found == {"train/n01/b.png": 0, "train/n03/a.JPEG": 2, "val/n02/c.jpg": 1, "val/n03/d.webp": 2}
 
     def test_the_list_of_files_stays_small_and_travels_to_workers(self, tmp_path: Path) -> None:
-        names = [f"train/n{number // 1000:08d}/n{number // 1000:08d}_{number}.JPEG" for number in range(50_000)]
+        names = [f"train/n{number // 1000:08d}/n{number // 1000:08d}_{number}.JPEG" for number in range(5_000)]
         files = ImageFiles(tmp_path, names, [0] * len(names), 32)
         assert len(pickle.dumps(files)) < 50 * len(names)
-        assert files[49_999].path == tmp_path / names[-1]
+        assert files[4_999].path == tmp_path / names[-1]
         assert [file.path.name for file in files[:2]] == ["n00000000_0.JPEG", "n00000000_1.JPEG"]
         assert isinstance(ImageClips(files, 32, seed=0).videos, ImageFiles)
 

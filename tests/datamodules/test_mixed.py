@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-from datamodules.mixed import MixedDataModule
-from datamodules.sampler import ClipRequest, ResumableLoader
+from datamodules.mixed import MixedClips, MixedDataModule
+from datamodules.sampler import ClipRequest, ResumableLoader, make_item
 from datamodules.shapes import MovingShapesDataModule
 
 
@@ -31,12 +32,30 @@ def loader_of(data: MixedDataModule, epoch: int = 0, rank: int = 0, world_size: 
     return loader
 
 
-def images_of(data: MixedDataModule, batch: dict[str, Any]) -> list[int]:
-    """Which images the stacks of a batch show, found by their pixels."""
-    images = data.images.make_dataset("train")
-    known = [images[ClipRequest(i)]["video"] for i in range(len(images))]  # type: ignore[arg-type] # it has a length
-    shown = batch["video"][batch["is_image"], :, :2].transpose(1, 2).flatten(0, 1)  # [stacks x 2, 3, H, W]
-    return [next(i for i, image in enumerate(known) if torch.equal(image[:, 0], frame)) for frame in shown]
+class Numbers(Dataset[dict[str, Any]]):
+    """Clips that are the number of their sample, and the epoch that it was asked for as label."""
+
+    def __init__(self, size: int, num_frames: int) -> None:
+        self.size, self.num_frames = size, num_frames
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        return make_item(request, torch.full((3, self.num_frames, 1, 1), float(request.index)), request.epoch)
+
+
+def images_of_epochs(num_images: int, epochs: int) -> list[tuple[int, int]]:
+    """Number and pass of all images, in the order in which 12 stacks of 2 an epoch show them."""
+    dataset = MixedClips(Numbers(12, 5), Numbers(num_images, 1), 2, num_frames=5, image_ratio=0.5, seed=3)
+    stacks = [
+        dataset[ClipRequest(index, epoch)] for epoch in range(epochs) for index in dataset.order(epoch) if index >= 12
+    ]
+    return [
+        (int(number), image_pass)
+        for item in stacks
+        for number, image_pass in zip(item["video"][0, :2, 0, 0], item["frame_label"].tolist(), strict=True)
+    ]
 
 
 class TestRows:
@@ -116,17 +135,16 @@ class TestRows:
 
 class TestOrder:
     def test_all_images_come_before_one_comes_again_over_epochs(self) -> None:
-        data = mixed()  # 12 stacks of 2 an epoch, 40 images
-        seen = [image for epoch in range(5) for batch in loader_of(data, epoch) for image in images_of(data, batch)]
-        assert len(seen) == 5 * 24
+        seen = images_of_epochs(num_images=40, epochs=5)
         passes = [seen[start : start + 40] for start in range(0, 120, 40)]
-        assert all(sorted(images) == list(range(40)) for images in passes)
-        assert passes[0] != passes[1] != passes[2]
+        assert len(seen) == 120
+        assert all(sorted(images) == [(i, number) for i in range(40)] for number, images in enumerate(passes))
+        assert len({tuple(i for i, _ in images) for images in passes}) == 3
 
-    def test_few_images_come_again_within_an_epoch(self) -> None:
-        data = mixed(num_images=5)
-        batches = list(loader_of(data))
-        counts = torch.tensor([image for batch in batches for image in images_of(data, batch)]).bincount()
+    def test_few_images_come_again_within_an_epoch_under_another_key(self) -> None:
+        seen = images_of_epochs(num_images=5, epochs=1)
+        assert len(seen) == len(set(seen)) == 24
+        counts = torch.tensor([i for i, _ in seen]).bincount()
         assert sorted(counts.tolist()) == [4, 5, 5, 5, 5]
 
     def test_ranks_together_see_what_one_process_sees(self) -> None:
@@ -139,7 +157,7 @@ class TestOrder:
 
     def test_seeds_and_epochs_have_orders_of_their_own(self) -> None:
         orders = {
-            tuple(index for batch in loader_of(mixed(seed=seed), epoch) for index in batch["index"].tolist())
+            tuple(MixedClips(Numbers(12, 5), Numbers(9, 1), 2, 5, 0.5, seed).order(epoch))
             for seed in range(3)
             for epoch in range(3)
         }
