@@ -88,15 +88,16 @@ def read_sound(path: str | Path, end_seconds: float) -> Tensor:
     except (av.FFmpegError, OSError, ValueError) as error:
         _log.warning("The sound of %s ends in an error, silence follows: %s", path, error)
     waveform = torch.cat(parts) if parts else torch.zeros(0)
-    # sound may begin after the picture, or before it (an encoder's run-up)
-    return F.pad(waveform, (offset or 0, 0))[:end] if (offset or 0) >= 0 else waveform[-(offset or 0) :][:end]
+    # sound may begin after the picture, or before it (an encoder's run-up): then padding takes away
+    return F.pad(waveform, (max(offset or 0, -length), 0))[:end]
 
 
 def frame_times(path: str | Path, num_frames: int, extra: int = 1) -> Tensor:
     """Return when the frames of a video file are shown.
 
-    These are its time stamps, sorted, where each frame has one of its own. Otherwise (AVI) frames are taken to follow
-    each other at the declared rate, from time 0.
+    These are its time stamps, sorted, where each frame has one of its own; otherwise frames are taken to follow each
+    other at the declared rate, from time 0. AVI has no stamps, and those that FFmpeg derives for a file with B-frames
+    begin one frame late; there, a frame's place in the file is its time.
 
     Args:
         path: the file.
@@ -112,7 +113,9 @@ def frame_times(path: str | Path, num_frames: int, extra: int = 1) -> Tensor:
     with av.open(os.path.abspath(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         assert isinstance(stream, av.VideoStream)  # its frames have been read
-        stamps = sorted({packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None})
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        found = {packet.dts if container.format.name == "avi" else packet.pts for packet in packets}
+        stamps = sorted(stamp for stamp in found if stamp is not None)
         if len(stamps) != num_frames or num_frames == 1:
             rate = stream.average_rate or stream.guessed_rate
             if not rate:

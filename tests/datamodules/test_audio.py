@@ -144,8 +144,15 @@ class TestFrameTimes:
         assert times.tolist() == pytest.approx([0, 0.04, 0.08, 0.2, 0.24, 0.9, 1.08, 1.26])
 
     def test_the_declared_rate_counts_where_stamps_do_not_match(self, tmp_path: Path) -> None:
-        path = write_sound_video(tmp_path / "a.avi", 10, "libmp3lame", fps=20)
+        path = write_sound_video(tmp_path / "a.mkv", 10, "pcm_s16le", fps=20)
         assert frame_times(path, 12).tolist() == pytest.approx([k / 20 for k in range(13)])
+
+    @pytest.mark.parametrize("b_frames", [0, 2])
+    def test_avi_begins_at_0_with_and_without_b_frames(
+        self, tmp_path: Path, write_video: Callable[..., Path], b_frames: int
+    ) -> None:
+        path = write_video(tmp_path / "a.avi", 10, max_b_frames=b_frames)
+        assert frame_times(path, 10).tolist() == pytest.approx([k / 25 for k in range(11)])
 
 
 class TestWhoHasSound:
