@@ -57,7 +57,8 @@ def read_captions(file: Path, root: Path) -> list[Caption]:
     if not file.is_file():
         raise FileNotFoundError(f"No list of captions {file} (--data.train_list, --data.val_list, --data.root).")
     captions = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # not `splitlines`: a caption may hold one of the other characters that it takes for the end of a line
+    for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if text.strip():
             row = _checked(text, f"{file}:{number}")
             path = root / row["path"]

@@ -39,7 +39,7 @@ def test_batches_hold_the_texts_of_their_clips(root: Path) -> None:
     write_lists(
         root,
         [
-            {"path": "clips/a.mkv", "text": "ein Hund, größer"},
+            {"path": "clips/a.mkv", "text": "ein Hund,\u2028größer"},
             "",
             {"path": "clips/b.mkv", "text": 'a "cat"', "label": 7},
         ],
@@ -48,13 +48,13 @@ def test_batches_hold_the_texts_of_their_clips(root: Path) -> None:
     data.prepare_data()
     data.setup()
     batch = next(iter(data.train_dataloader()))
-    texts = {0: "ein Hund, größer", 1: 'a "cat"'}
+    texts = {0: "ein Hund,\u2028größer", 1: 'a "cat"'}
     assert batch["text"] == [texts[index] for index in batch["index"].tolist()]
     assert batch["label"].tolist() == [7 * index for index in batch["index"].tolist()]
     assert batch["video"].shape == (2, 3, 4, 64, 64)
     assert batch["is_image"].tolist() == [False, False]
     assert "audio" not in batch
-    assert [batch["text"] for batch in data.val_dataloader()] == [["ein Hund, größer", 'a "cat"']]
+    assert [batch["text"] for batch in data.val_dataloader()] == [["ein Hund,\u2028größer", 'a "cat"']]
 
 
 def test_texts_cross_worker_processes(root: Path) -> None:
