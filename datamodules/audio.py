@@ -179,4 +179,4 @@ class AudioFramesDataModule(FramesDataModule):
 
     def make_dataset(self, split: Split) -> SoundClips:  # type: ignore[override] # it has all that a loader asks for
         """Return the clips of a split, with sound."""
-        return SoundClips(super().make_dataset(split), name=f"{self.root.name} {split}")
+        return SoundClips(super().make_dataset(split), name=f"sound, {split}")
