@@ -45,9 +45,12 @@ class ClipRequest:
     read_frames: int | None = None
 
 
-def make_item(request: ClipRequest, video: torch.Tensor, label: int) -> dict[str, Any]:
-    """Return a data set's item: `video` `[3, T, H, W]`, its label and index, and the window if there is one."""
-    item = {"video": video, "label": label, "index": request.index}
+def make_item(request: ClipRequest, video: torch.Tensor, label: int, **more: Any) -> dict[str, Any]:
+    """Return a data set's item: `video` `[3, T, H, W]`, its label and index, the window if there is one, and `more`.
+
+    What else a data set may know of a clip: `text` (a string), `is_image` (a bool), `audio` and `low_res` (tensors).
+    """
+    item = {"video": video, "label": label, "index": request.index, **more}
     if request.window_frames is not None:
         item["window_start"] = request.window_start
         item["window_frames"] = request.window_frames
@@ -56,13 +59,25 @@ def make_item(request: ClipRequest, video: torch.Tensor, label: int) -> dict[str
 
 
 def collate_clips(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items to a batch; the window stays three plain integers, since it is the same for the whole batch."""
+    """Make a batch of items: tensors are stacked, labels, indices and flags become tensors, texts become a list.
+
+    The window stays three plain integers, since it is the same for the whole batch.
+
+    Raises:
+        ValueError: if some items hold what others do not.
+    """
+    partial = {key for item in items for key in item.keys() ^ items[0].keys()}
+    if partial:
+        raise ValueError(f"Only some clips of the batch hold {', '.join(sorted(partial))}: all must, or none.")
     batch = dict(items[0])
     for key, value in items[0].items():
+        column = [item[key] for item in items]
         if isinstance(value, torch.Tensor):
-            batch[key] = torch.stack([item[key] for item in items])
-    for key in ("label", "index"):
-        batch[key] = torch.tensor([item[key] for item in items])
+            batch[key] = torch.stack(column)
+        elif isinstance(value, str | list):
+            batch[key] = column
+        elif key in ("label", "index", "is_image"):
+            batch[key] = torch.tensor(column)
     return batch
 
 
@@ -156,6 +171,7 @@ class ClipBatchSampler(Sampler[list[ClipRequest]]):
         self.curriculum = curriculum
         self.epoch = 0
         self.start_batch = 0  # set by the loader for each iteration
+        self.order: Callable[[int], list[int]] = self._shuffled  # a data set with an order of its own replaces it
         if dataset_size < self.global_batch_size:
             raise ValueError(
                 f"The training set has {dataset_size} clips, fewer than one global batch of {self.global_batch_size} = "
@@ -185,8 +201,7 @@ class ClipBatchSampler(Sampler[list[ClipRequest]]):
     def __iter__(self) -> Iterator[list[ClipRequest]]:
         epoch = self.epoch
         order_epoch = epoch if self.reshuffle else 0
-        generator = keyed_generator(self.seed, _ORDER_STREAM, order_epoch)
-        order = torch.randperm(self.dataset_size, generator=generator).tolist()
+        order = self.order(order_epoch)
         for batch in range(self.start_batch, len(self)):
             first = (batch * self.world_size + self.rank) * self.batch_size
             window: dict[str, int] = {}
@@ -194,6 +209,10 @@ class ClipBatchSampler(Sampler[list[ClipRequest]]):
                 step = epoch * self.steps_per_epoch + batch // self.accumulate_grad_batches
                 window = self.curriculum.window(self.seed, step, self.num_frames)
             yield [ClipRequest(index, order_epoch, **window) for index in order[first : first + self.batch_size]]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        generator = keyed_generator(self.seed, _ORDER_STREAM, epoch)
+        return torch.randperm(self.dataset_size, generator=generator).tolist()
 
 
 class ValidationBatchSampler(Sampler[list[ClipRequest]]):

@@ -3,26 +3,37 @@
 Coloured shapes move at constant speed through a textured box and bounce off its walls. All geometry is in units of the
 box (x to the right, y down, both in [0, 1]), so that a clip looks the same at every resolution. The path of a bouncing
 shape has a closed form, so that any range of frames is drawn without the ones before it.
+
+On request, clips come with captions, with sound (a click when a shape meets a wall) and with copies of low resolution,
+or are still images: what conditional models and joint training need, without a file.
 """
 
 from dataclasses import dataclass
+from math import ceil, floor, pi
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.audio import SAMPLING_RATE, WINDOW, spectrogram
 from datamodules.sampler import ClipRequest, make_item
 from datamodules.video import Split, VideoDataModule
 from models.random import keyed_generator
 from models.shapes_world import CLASS_NAMES, COLOURS, MOTIONS, SHAPES, signed_distance
 
 MAX_FRAMES = 512
+UNITS_PER_SECOND = 25  # of time; it matters for sound alone
+CLICK_HERTZ = (500.0, 1000.0, 2000.0, 4000.0)  # of a circle, square, triangle, cross
 
 _STREAMS = {"train": 111, "val": 112}
+_STILL_STREAMS = {"train": 113, "val": 114}
+_CLICK_SECONDS, _CLICK_DECAY_SECONDS = 0.05, 0.01
 _PALETTE = torch.tensor(list(COLOURS.values()))  # [6, 3]
 _VELOCITY = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]], dtype=torch.float64)  # [motion, xy]
 _TEXTURE_WAVES = 5
+_ADVERBS = ("horizontally", "vertically", "diagonally")
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,15 @@ class Scene:
     """The truth about a clip of O objects, front to back: object 0 is never hidden and gives the label.
 
     Args:
-        label: index into `CLASS_NAMES`: shape kind x number of motions + motion kind, of object 0.
+        label: index into `CLASS_NAMES`: shape kind x number of motions + motion kind, of object 0. A still image shows
+            no motion: its label is the number of `CLASS_NAMES` + shape kind.
         shapes: `[O]` int64, index into `SHAPES`.
         motions: `[O]` int64, index into `MOTIONS`.
         colours: `[O]` int64, index into `COLOURS`; no two objects of a clip share one.
         radii: `[O]` float64, half the width and height of the objects, in units of the box.
         positions: `[O, T, 2]` float64, centres (x, y) in units of the box.
+        bounces: (time, object) of each meeting with a wall that can be heard in these frames, in units of time; empty
+            in a data set without sound.
     """
 
     label: int
@@ -44,6 +58,25 @@ class Scene:
     colours: Tensor
     radii: Tensor
     positions: Tensor
+    bounces: tuple[tuple[float, int], ...] = ()
+
+
+def caption(scene: Scene) -> str:
+    """Say what a scene shows, such as "a red circle moves horizontally in front of a blue square".
+
+    The front object comes first, the others from front to back. A still image's caption does not speak of motion.
+    """
+    names = [
+        f"a {list(COLOURS)[colour]} {SHAPES[shape]}"
+        for colour, shape in zip(scene.colours.tolist(), scene.shapes.tolist(), strict=True)
+    ]
+    text = names[0]
+    if scene.label < len(CLASS_NAMES):
+        text += f" moves {_ADVERBS[int(scene.motions[0])]}"
+    if len(names) > 1:
+        behind = " and ".join([", ".join(names[1:-1]), names[-1]] if len(names) > 2 else names[1:])
+        text += f" in front of {behind}"
+    return text
 
 
 class MovingShapes(Dataset[dict[str, Any]]):
@@ -64,6 +97,13 @@ class MovingShapes(Dataset[dict[str, Any]]):
         speed: least and largest speed, in box widths per unit of time.
         size: least and largest half-width of a shape, in box widths.
         texture: strength of the background's pattern, from 0 (flat, -0.5) to 1 (between -1 and 0).
+        captions: whether items hold `text`: see `caption`.
+        audio: whether items hold `audio` `[1, T, 64, 16]`, a spectrogram for each frame: a click when a shape meets a
+            wall, the pitch by its kind, at 25 units of time a second.
+        low_res_factor: items hold `low_res` `[3, T, H / factor, W / factor]`, each pixel the mean of those it stands
+            for; None for none.
+        stills: whether this is a data set of images: clips of one frame, with `is_image` True and other scenes than
+            those of the videos.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -82,6 +122,10 @@ class MovingShapes(Dataset[dict[str, Any]]):
         speed: tuple[float, float] = (0.02, 0.06),
         size: tuple[float, float] = (0.1, 0.2),
         texture: float = 0.3,
+        captions: bool = False,
+        audio: bool = False,
+        low_res_factor: int | None = None,
+        stills: bool = False,
     ) -> None:
         checks = {
             f"num_frames={num_frames}: from 1 to {MAX_FRAMES}": 1 <= num_frames <= MAX_FRAMES,
@@ -93,6 +137,10 @@ class MovingShapes(Dataset[dict[str, Any]]):
             f"speed={speed}: 0 <= least <= largest": 0 <= speed[0] <= speed[1],
             f"size={size}: 0 < least <= largest < 0.5": 0 < size[0] <= size[1] < 0.5,
             f"texture={texture}: from 0 to 1": 0 <= texture <= 1,
+            f"low_res_factor={low_res_factor}: a divisor of resolution={resolution}": low_res_factor is None
+            or (low_res_factor >= 1 and resolution % low_res_factor == 0),
+            f"stills={stills}, num_frames={num_frames}, audio={audio}: an image is one frame, without sound": not stills
+            or (num_frames == 1 and not audio),
         }
         for rule, holds in checks.items():
             if not holds:
@@ -108,6 +156,11 @@ class MovingShapes(Dataset[dict[str, Any]]):
         self.speed = speed
         self.size = size
         self.texture = texture
+        self.captions = captions
+        self.audio = audio
+        self.low_res_factor = low_res_factor
+        self.stills = stills
+        self.stream = (_STILL_STREAMS if stills else _STREAMS)[split]
 
     def __len__(self) -> int:
         return self.num_clips
@@ -115,7 +168,17 @@ class MovingShapes(Dataset[dict[str, Any]]):
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
         count = self.num_frames - request.read_start if request.read_frames is None else request.read_frames
         scene = self.ground_truth(request.index, request.read_start, count)
-        return make_item(request, self._draw(request.index, scene), scene.label)
+        video = self._draw(request.index, scene)
+        more: dict[str, Any] = {}
+        if self.captions:
+            more["text"] = caption(scene)
+        if self.audio:
+            more["audio"] = self._sound(scene, request.read_start, count)
+        if self.low_res_factor is not None:
+            more["low_res"] = F.avg_pool2d(video, self.low_res_factor)
+        if self.stills:
+            more["is_image"] = True
+        return make_item(request, video, scene.label, **more)
 
     def render(self, index: int, start: int = 0, num_frames: int | None = None) -> Tensor:
         """Return frames `[start, start + num_frames)` of a clip, by default all, as `[3, T, H, W]` in [-1, 1]."""
@@ -130,7 +193,7 @@ class MovingShapes(Dataset[dict[str, Any]]):
                 f"Clip {index}, frames [{start}, {start + count}) do not exist: "
                 f"there are {self.num_clips} clips of up to {MAX_FRAMES} frames."
             )
-        generator = keyed_generator(self.seed, _STREAMS[self.split], index)
+        generator = keyed_generator(self.seed, self.stream, index)
         objects = int(torch.randint(self.min_objects, self.max_objects + 1, (), generator=generator))
         shapes = torch.randint(len(SHAPES), (objects,), generator=generator)
         motions = torch.randint(len(MOTIONS), (objects,), generator=generator)
@@ -146,8 +209,37 @@ class MovingShapes(Dataset[dict[str, Any]]):
         phase = uniform[:, None, 2:] * 2 * span  # [O, 1, 2]
         distance = (phase + velocity * time[:, None]) % (2 * span)  # [O, T, 2]
         positions = radii[:, None, None] + span - (distance - span).abs()  # [O, T, 2]
-        label = int(shapes[0]) * len(MOTIONS) + int(motions[0])
-        return Scene(label, shapes, motions, colours, radii, positions)
+        label = len(CLASS_NAMES) + int(shapes[0]) if self.stills else int(shapes[0]) * len(MOTIONS) + int(motions[0])
+        bounces: list[tuple[float, int]] = []
+        if self.audio:
+            # A click that began before the first frame may still be heard in it, and a spectrogram looks ahead.
+            ahead = WINDOW / SAMPLING_RATE * UNITS_PER_SECOND
+            first = start * self.frame_stride - _CLICK_SECONDS * UNITS_PER_SECOND - ahead
+            last = (start + count) * self.frame_stride + ahead
+            for i, axis in (velocity[:, 0] > 0).nonzero().tolist():
+                offset, rate, way = float(phase[i, 0, axis]), float(velocity[i, 0, axis]), float(span[i])
+                # the k-th wall is met where the path's length is k x span
+                walls = range(ceil((offset + rate * first) / way), floor((offset + rate * last) / way) + 1)
+                bounces += [((wall * way - offset) / rate, i) for wall in walls]
+        return Scene(label, shapes, motions, colours, radii, positions, tuple(sorted(bounces)))
+
+    def _sound(self, scene: Scene, start: int, count: int) -> Tensor:
+        edges = torch.arange(start, start + count + 1, dtype=torch.float64) * self.frame_stride / UNITS_PER_SECOND
+        first = floor(float(edges[0]) * SAMPLING_RATE) - WINDOW
+        length = ceil(float(edges[-1]) * SAMPLING_RATE) + WINDOW - first
+        waveform = torch.zeros(length)
+        for time, i in scene.bounces:
+            # the click's samples, as far as they lie in the waveform
+            begin = time / UNITS_PER_SECOND * SAMPLING_RATE
+            number = torch.arange(
+                max(ceil(begin), first), min(ceil(begin + _CLICK_SECONDS * SAMPLING_RATE), first + length)
+            )
+            seconds = (number - begin) / SAMPLING_RATE
+            click = (
+                0.5 * (-seconds / _CLICK_DECAY_SECONDS).exp() * (2 * pi * CLICK_HERTZ[scene.shapes[i]] * seconds).sin()
+            )
+            waveform[number - first] += click.float()
+        return spectrogram(waveform, edges, first)
 
     def _draw(self, index: int, scene: Scene) -> Tensor:
         frames, resolution = scene.positions.shape[1], self.resolution
@@ -173,7 +265,7 @@ class MovingShapes(Dataset[dict[str, Any]]):
 
     def _background(self, index: int) -> Tensor:
         # A stream of its own: what the background draws does not depend on how much the objects drew.
-        generator = keyed_generator(self.seed, _STREAMS[self.split], index, 1)
+        generator = keyed_generator(self.seed, self.stream, index, 1)
         amplitudes = torch.rand(3, _TEXTURE_WAVES, _TEXTURE_WAVES, generator=generator) * 2 - 1  # [C, y, x]
         amplitudes /= amplitudes.square().sum((1, 2), keepdim=True).sqrt()
         position = (torch.arange(self.resolution) + 0.5) / self.resolution
@@ -196,6 +288,11 @@ class MovingShapesDataModule(VideoDataModule):
         speed: least and largest speed, in box widths per unit of time.
         size: least and largest half-width of a shape, in box widths.
         texture: strength of the background's pattern, from 0 (flat, -0.5) to 1 (between -1 and 0).
+        captions: whether batches hold `text`, such as "a red circle moves horizontally in front of a blue square".
+        audio: whether batches hold `audio` `[B, 1, T, 64, 16]`: a click when a shape meets a wall.
+        low_res_factor: batches hold `low_res`, the video at resolution / factor; null for none.
+        stills: whether these are images: clips of one frame (`num_frames=1`) with `is_image`, of other scenes than the
+            videos' and of four classes more (12 to 15), which name the shape alone.
         batch_size: training clips per batch and process.
         val_batch_size: validation clips per batch and process, `batch_size` by default.
         num_workers: worker processes per loader; 0 draws in the main process.
@@ -214,6 +311,10 @@ class MovingShapesDataModule(VideoDataModule):
         speed: tuple[float, float] = (0.02, 0.06),
         size: tuple[float, float] = (0.1, 0.2),
         texture: float = 0.3,
+        captions: bool = False,
+        audio: bool = False,
+        low_res_factor: int | None = None,
+        stills: bool = False,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         num_workers: int = 0,
@@ -226,6 +327,10 @@ class MovingShapesDataModule(VideoDataModule):
         self.speed = speed
         self.size = size
         self.texture = texture
+        self.captions = captions
+        self.audio = audio
+        self.low_res_factor = low_res_factor
+        self.stills = stills
 
     def class_names(self) -> list[str]:
         """Return shape and colour of each label."""
@@ -245,4 +350,8 @@ class MovingShapesDataModule(VideoDataModule):
             self.speed,
             self.size,
             self.texture,
+            self.captions,
+            self.audio,
+            self.low_res_factor,
+            self.stills,
         )

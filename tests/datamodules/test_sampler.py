@@ -345,3 +345,28 @@ class TestUnderLightning:
         record = fit(max_epochs=3, overfit_batches=2)
         indices = [tuple(index) for _, index, *_ in record]
         assert indices[:2] == indices[2:4] == indices[4:6]
+
+
+class TestCollation:
+    def test_optional_entries_become_tensors_and_lists(self) -> None:
+        items = [
+            make_item(
+                ClipRequest(i), torch.zeros(3, 2, 4, 4), 7, text=f"clip {i}", is_image=i == 1, audio=torch.ones(1)
+            )
+            for i in range(2)
+        ]
+        batch = collate_clips(items)
+        assert batch["text"] == ["clip 0", "clip 1"]
+        assert torch.equal(batch["is_image"], torch.tensor([False, True]))
+        assert batch["audio"].shape == (2, 1)
+        assert (batch["label"].tolist(), batch["index"].tolist()) == ([7, 7], [0, 1])
+        assert "window_start" not in batch
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_an_entry_of_some_clips_only_is_refused(self, order: tuple[int, int]) -> None:
+        items = [
+            make_item(ClipRequest(0), torch.zeros(3, 2, 4, 4), 0),
+            make_item(ClipRequest(1), torch.zeros(3, 2, 4, 4), 0, text="a"),
+        ]
+        with pytest.raises(ValueError, match="Only some clips of the batch hold text"):
+            collate_clips([items[i] for i in order])

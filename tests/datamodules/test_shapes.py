@@ -5,9 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from sound_video import BAND_HERTZ
 
 from datamodules.sampler import ClipRequest
-from datamodules.shapes import CLASS_NAMES, COLOURS, MOTIONS, SHAPES, MovingShapes, MovingShapesDataModule
+from datamodules.shapes import (
+    CLASS_NAMES,
+    CLICK_HERTZ,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    MovingShapes,
+    MovingShapesDataModule,
+    caption,
+)
 
 PALETTE = torch.tensor(list(COLOURS.values()))
 
@@ -196,6 +206,124 @@ def test_a_clip_or_frame_beyond_the_end_is_an_index_error() -> None:
         clips().render(100)
     with pytest.raises(IndexError, match=r"frames \[510, 513\)"):
         clips().render(0, 510, 3)
+
+
+class TestExtras:
+    """Captions, sound, low resolution and still images, each off by default."""
+
+    def test_nothing_of_it_is_there_unless_asked_for(self) -> None:
+        assert set(clips()[ClipRequest(0)]) == {"video", "label", "index"}
+
+    def test_the_video_is_the_same_with_all_of_it(self) -> None:
+        plain, full = clips(), clips(captions=True, audio=True, low_res_factor=2)
+        for index in range(5):
+            without, with_extras = plain[ClipRequest(index)], full[ClipRequest(index)]
+            assert torch.equal(without["video"], with_extras["video"])
+            assert without["label"] == with_extras["label"]
+
+    def test_captions_say_what_is_seen(self) -> None:
+        dataset = clips(captions=True, max_objects=4)
+        adverbs = dict(zip(MOTIONS, ("horizontally", "vertically", "diagonally"), strict=True))
+        numbers_seen = set()
+        for index in range(40):
+            scene, text = dataset.ground_truth(index), dataset[ClipRequest(index)]["text"]
+            things = [
+                f"a {list(COLOURS)[int(colour)]} {SHAPES[int(shape)]}"
+                for colour, shape in zip(scene.colours, scene.shapes, strict=True)
+            ]
+            assert text.startswith(f"{things[0]} moves {adverbs[MOTIONS[int(scene.motions[0])]]}")
+            assert [text.index(thing) for thing in things] == sorted(text.index(thing) for thing in things)
+            assert ("in front of" in text) == (len(things) > 1)
+            assert text.count(" a ") + 1 == len(things)
+            numbers_seen.add(len(things))
+        assert numbers_seen == {1, 2, 3, 4}
+
+    def test_lists_of_things_read_well(self) -> None:
+        scenes = [clips(min_objects=n, max_objects=n).ground_truth(0) for n in (1, 2, 4)]
+        alone, two, four = (caption(scene).partition(" in front of ")[2] for scene in scenes)
+        assert alone == ""
+        assert " and " not in two
+        assert (four.count(", "), four.count(" and ")) == (1, 1)
+
+    def test_a_click_sounds_when_a_shape_turns_and_only_then(self) -> None:
+        dataset = clips(num_clips=40, num_frames=40, max_objects=1, audio=True)
+        bounces = 0
+        for index in range(40):
+            scene, audio = dataset.ground_truth(index), dataset[ClipRequest(index)]["audio"]
+            assert audio.shape == (1, 40, 64, 16)
+            velocity = scene.positions[0].diff(dim=0)  # [T - 1, xy], between frames
+            # between frames k and k + 1 the shape turns if it is slower there than elsewhere
+            slow = (velocity.abs() < velocity.abs().amax(0) - 1e-9).any(1).tolist()
+            band = int(CLICK_HERTZ[int(scene.shapes[0])] / BAND_HERTZ)
+            loud = audio[0, :, band - 1 : band + 2].amax((1, 2)) > 0.2  # [T]: above -32 dB
+            for frame in range(2, 38):  # turns before the clip and after its last frame are heard, but not seen
+                if slow[frame]:
+                    assert loud[frame] or loud[frame + 1]  # a click just before the next frame lasts into it
+                    bounces += 1
+                elif not any(slow[frame - 2 : frame + 2]):  # a click and a window are a frame long each
+                    assert not loud[frame]
+        assert bounces > 20
+
+    def test_the_pitch_tells_the_shape(self) -> None:
+        dataset = clips(num_frames=40, max_objects=1, audio=True)
+        for index in range(12):
+            scene, audio = dataset.ground_truth(index), dataset[ClipRequest(index)]["audio"]
+            if audio.max() > 0:
+                loudest = int(audio[0].amax((0, 2)).argmax())
+                assert abs(loudest * BAND_HERTZ - CLICK_HERTZ[int(scene.shapes[0])]) <= BAND_HERTZ
+
+    @pytest.mark.parametrize("stride", [1, 3])
+    def test_the_sound_of_a_range_is_that_of_the_whole_clip(self, stride: int) -> None:
+        dataset = clips(num_frames=24, frame_stride=stride, audio=True, min_objects=3)
+        for index in range(6):
+            whole = dataset[ClipRequest(index)]["audio"]
+            part = dataset[ClipRequest(index, read_start=7, read_frames=9)]["audio"]
+            assert torch.allclose(part, whole[:, 7:16], atol=1e-5)  # transforms of other batches round differently
+            assert whole.max() > -1
+
+    def test_shapes_that_stand_still_make_no_sound(self) -> None:
+        assert torch.all(clips(speed=(0.0, 0.0), audio=True)[ClipRequest(0)]["audio"] == -1)
+
+    def test_low_resolution_is_the_mean_of_the_pixels(self) -> None:
+        item = clips(resolution=64, low_res_factor=4)[ClipRequest(1)]
+        assert item["low_res"].shape == (3, 12, 16, 16)
+        expected = item["video"].unflatten(3, (16, 4)).unflatten(2, (16, 4)).mean((3, 5))
+        assert torch.allclose(item["low_res"], expected, atol=1e-6)
+
+    def test_stills_are_other_scenes_with_classes_of_their_own(self) -> None:
+        stills, videos = clips(num_frames=1, stills=True, captions=True), clips(num_frames=1)
+        for index in range(20):
+            item, scene = stills[ClipRequest(index)], stills.ground_truth(index)
+            assert item["is_image"] is True
+            assert item["video"].shape == (3, 1, 32, 32)
+            assert item["label"] == 12 + int(scene.shapes[0])
+            assert "moves" not in item["text"]
+            assert not torch.equal(item["video"], videos.render(index))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"low_res_factor": 3},
+            {"low_res_factor": 0},
+            {"stills": True},
+            {"stills": True, "num_frames": 1, "audio": True},
+        ],
+    )
+    def test_impossible_switches_are_refused_by_name(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=rf"{next(iter(options))}=.*--data"):
+            clips(**options)
+
+    def test_data_module_hands_all_of_it_on(self) -> None:
+        data = MovingShapesDataModule(
+            num_train=4, num_frames=2, resolution=32, batch_size=4, captions=True, audio=True, low_res_factor=2
+        )
+        data.setup()
+        batch = next(iter(data.train_dataloader()))
+        assert [batch["audio"].shape, batch["low_res"].shape] == [(4, 1, 2, 64, 16), (4, 3, 2, 16, 16)]
+        assert all(isinstance(text, str) for text in batch["text"])
+        stills = MovingShapesDataModule(num_train=4, num_frames=1, resolution=32, batch_size=4, stills=True)
+        stills.setup()
+        assert next(iter(stills.train_dataloader()))["is_image"].tolist() == [True] * 4
 
 
 def test_data_module_gives_batches_of_both_splits() -> None:

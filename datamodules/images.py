@@ -1,0 +1,187 @@
+"""Images as videos of one frame: ImageNet, or any folder of images in class folders."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from datamodules.decoding import UnreadableVideoError
+from datamodules.sampler import ClipRequest
+from datamodules.video import Split, Video, VideoClips, VideoDataModule
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile(Video):
+    """An image file: a video of one frame, which is read with its shorter side at `resolution`."""
+
+    resolution: int
+
+    def frames(self, start: int, count: int, stride: int) -> Iterator[np.ndarray]:
+        """Yield the image as uint8 `[H, W, 3]`.
+
+        Raises:
+            UnreadableVideoError: if it cannot be read.
+        """
+        try:
+            with Image.open(self.path) as image:
+                yield np.array(shrunk(image.convert("RGB"), self.resolution))
+        # Pillow raises SyntaxError for a broken PNG, and an error of its own for absurd sizes
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnreadableVideoError(f"{self.path}: {error}") from error
+
+
+def shrunk(image: Image.Image, resolution: int) -> Image.Image:
+    """Bring the shorter side to `resolution` as ADM does (Dhariwal and Nichol, 2021), whose evaluator judges ImageNet.
+
+    Halve by averaging while it is at least twice too large, then resize bicubically.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+class ImageFiles(Sequence[ImageFile]):
+    """Image files and their labels, at some 40 bytes each: a list of a million objects would be copied by each worker.
+
+    Args:
+        root: folder that the names are relative to.
+        names: file names below it.
+        labels: their classes.
+        resolution: shorter side when read.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int], resolution: int) -> None:
+        self.root = root
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.labels = np.array(labels, np.int64)
+        self.resolution = resolution
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageFile: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Sequence[ImageFile]": ...
+
+    def __getitem__(self, index: int | slice) -> "ImageFile | Sequence[ImageFile]":
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        path = self.root / os.fsdecode(self.names[index])
+        return ImageFile(path, int(self.labels[index]), num_frames=1, resolution=self.resolution)
+
+
+class ImageClips(VideoClips):
+    """Images as clips of one frame, `[3, 1, H, W]`, with `is_image` True: cropped, mirrored, replaced like videos.
+
+    Args:
+        files: the images.
+        resolution: height and width, in pixels.
+        seed: key of all random choices.
+        random_crop: whether to crop at a random place instead of the centre.
+        horizontal_flip: whether to mirror half of the images.
+        name: what the log calls this data set.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        resolution: int,
+        seed: int,
+        random_crop: bool = False,
+        horizontal_flip: bool = False,
+        name: str = "data set",
+    ) -> None:
+        super().__init__(
+            files, 1, 1, resolution, seed, random_crop=random_crop, horizontal_flip=horizontal_flip, name=name
+        )
+        self.videos = files  # type: ignore[assignment] # instead of a list of as many objects
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        return super().__getitem__(request) | {"is_image": True}
+
+
+class ImageFolderDataModule(VideoDataModule):
+    """Images in class folders, as ImageNet has them: `train/<class>/*.JPEG` and `val/<class>/*.JPEG`.
+
+    Classes are numbered in alphabetical order of their folders, over both splits: for ImageNet, whose folders are
+    called by WordNet numbers, that is the usual order. Its validation images come in one flat folder and have to be
+    sorted into class folders first. Batches hold `video` `[B, 3, 1, H, W]` and `is_image` `[B]`, all True.
+
+    Args:
+        root: the folder that holds `train` and `val`.
+        resolution: height and width, in pixels; resized as ADM does.
+        random_crop: whether training images are cropped at a random place instead of the centre.
+        horizontal_flip: whether half of the training images are mirrored.
+        num_frames: frames of a clip, which is 1 for an image.
+        batch_size: training images per batch and process.
+        val_batch_size: validation images per batch and process, `batch_size` by default.
+        num_workers: worker processes per loader; 0 reads in the main process.
+        seed: key of the data order and of all random choices.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        resolution: int = 256,
+        random_crop: bool = False,
+        horizontal_flip: bool = False,
+        num_frames: int = 1,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_frames, 1, resolution, batch_size, val_batch_size, num_workers, seed)
+        if num_frames != 1:
+            raise ValueError(f"num_frames={num_frames}: an image is a clip of one frame (--data.num_frames 1).")
+        self.root = Path(root)
+        self.random_crop = random_crop
+        self.horizontal_flip = horizontal_flip
+
+    def make_dataset(self, split: Split) -> ImageClips:
+        """Return the images of a split.
+
+        Raises:
+            FileNotFoundError: if the folders or the images are not there.
+        """
+        classes = self._classes()
+        names, labels = [], []
+        for label, name in enumerate(classes):
+            folder = self.root / split / name
+            found = sorted(f for f in os.listdir(folder) if _is_image(f)) if folder.is_dir() else []
+            names += [f"{split}/{name}/{file}" for file in found]
+            labels += [label] * len(found)
+        if not names:
+            raise FileNotFoundError(
+                f"No images in {self.root / split}: expected {split}/<class>/ with files {' '.join(IMAGE_SUFFIXES)} "
+                f"(--data.root). A flat folder has to be sorted into class folders first."
+            )
+        return ImageClips(
+            ImageFiles(self.root, names, labels, self.resolution),
+            self.resolution,
+            self.seed,
+            random_crop=self.random_crop and split == "train",
+            horizontal_flip=self.horizontal_flip and split == "train",
+            name=f"{self.root.name} {split}",
+        )
+
+    def _classes(self) -> list[str]:
+        """Return the names of the class folders, in order."""
+        for split in ("train", "val"):
+            if not (self.root / split).is_dir():
+                raise FileNotFoundError(f"No folder {self.root / split} to read images from (--data.root).")
+        places = [place for split in ("train", "val") for place in os.scandir(self.root / split)]
+        return sorted({place.name for place in places if place.is_dir() and place.name[0] != "."})
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
