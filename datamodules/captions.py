@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
 from datamodules.audio import SoundClips
-from datamodules.index import index_videos
 from datamodules.images import IMAGE_SUFFIXES, ImageFile
+from datamodules.index import index_videos
 from datamodules.sampler import ClipRequest
 from datamodules.video import Split, Video, VideoClips, VideoDataModule, indexed_videos
 
