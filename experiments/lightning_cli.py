@@ -178,15 +178,20 @@ class LongtakeTrainer(Trainer):
         """What each process does."""
         self.strategy.setup_environment()
         tokenizer = model.tokenizer.to(self.strategy.root_device)
+        if tokenizer.codebook_size is None and options.latents is None:
+            raise ValueError("This tokenizer is continuous and has no codes: keep its latents (--latents bf16).")
         about = {
             "tokenizer_digest": model.tokenizer_digest,
-            "codebook_size": model.codebook_size,
+            "codebook_size": tokenizer.codebook_size,
             "downsample": model.downsample,
         }
 
         def encode(video: torch.Tensor) -> dict[str, torch.Tensor]:
             encoded = tokenizer.encode(video.to(self.strategy.root_device))
-            return {"codes": encoded.codes} if options.latents is None else {"latents": encoded.latents}
+            if options.latents is not None:
+                return {"latents": encoded.latents}
+            assert encoded.codes is not None
+            return {"codes": encoded.codes}
 
         if self.is_global_zero:
             data.prepare_data()

@@ -181,7 +181,9 @@ def token_cache(root: Path, data: VideoDataModule, quick: bool, least_seconds: f
 
     @torch.no_grad()
     def encode(video: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"codes": tokenizer.encode(video).codes}
+        codes = tokenizer.encode(video).codes
+        assert codes is not None
+        return {"codes": codes}
 
     about = {"tokenizer_digest": "untrained", "codebook_size": 1024, "downsample": (4, 8, 8)}
     writer = TokenWriter(root / "codes", data, about, TokenOptions(copies=1))
