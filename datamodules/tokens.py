@@ -121,9 +121,9 @@ class TokenWriter:
             )
         self.data = data
         self.grid = "codes" if options.latents is None else "latents"
-        code_type = codes_type(about["codebook_size"])
-        kept = {None: code_type, "bf16": "bfloat16", "fp32": "float32"}[options.latents]
-        self.fields = {self.grid: kept} | {f"task/{task}": code_type for task in options.tasks}
+        size = about["codebook_size"]  # None for continuous latents
+        kept = codes_type(size) if options.latents is None else {"bf16": "bfloat16", "fp32": "float32"}[options.latents]
+        self.fields = {self.grid: kept} | {f"task/{task}": codes_type(size) for task in options.tasks}
         copies = {"train": options.copies, "val": 1}
         self.clips = {split: _Clips(dataset, copies[split]) for split, dataset in datasets.items()}
         self.folder = folder
