@@ -1,5 +1,6 @@
-"""What happens along a training: curriculum, averaged weights, health, samples to look at, scores, throughput."""
+"""What happens along a training: curriculum, averages, checkpoints, health, samples to look at, scores, throughput."""
 
+from callbacks.checkpoint import Checkpoint
 from callbacks.curriculum import ShortToLongCurriculum
 from callbacks.ema import EMA
 from callbacks.fvd import FVDEvaluation
@@ -7,4 +8,12 @@ from callbacks.health import TokenizerHealth
 from callbacks.samples import SampleLogger
 from callbacks.throughput import Throughput
 
-__all__ = ["EMA", "FVDEvaluation", "SampleLogger", "ShortToLongCurriculum", "Throughput", "TokenizerHealth"]
+__all__ = [
+    "EMA",
+    "Checkpoint",
+    "FVDEvaluation",
+    "SampleLogger",
+    "ShortToLongCurriculum",
+    "Throughput",
+    "TokenizerHealth",
+]

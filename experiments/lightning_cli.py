@@ -22,7 +22,6 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
 import lightning_modules  # noqa: F401
-from callbacks import EMA, FVDEvaluation, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
+from callbacks import EMA, Checkpoint, FVDEvaluation, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
 from callbacks.sample_writer import SampleWriter
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
@@ -376,7 +375,7 @@ class LongtakeCLI(LightningCLI):
         parser.add_lightning_class_args(SampleLogger, "samples")
         parser.add_lightning_class_args(FVDEvaluation, "fvd")
         parser.add_lightning_class_args(Throughput, "throughput")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "{step}",
