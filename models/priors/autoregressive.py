@@ -184,7 +184,7 @@ def fill_between(
     token is drawn from the right frame's last position instead of the left frame's.
 
     Args:
-        network: With the mask `closed_boundaries`; under `open_boundaries` the last frame misses what it saw in training.
+        network: With the mask `closed_boundaries`; under `open_boundaries` the last frame misses what it saw.
         condition: `[B, C]` condition tokens.
         left: `[B, F]` codes of the frame before.
         right: `[B, F]` codes of the frame after.
