@@ -217,8 +217,8 @@ class TATSModule(VideoGenerator):
             )
             if model.network.attention_mask is None or model.network.num_frames != self.latent_stride + 1:
                 raise ValueError(
-                    f"{path} does not fill {self.latent_stride - 1} latent frames between two: expected a model with "
-                    f"mask=closed_boundaries and clips of {self.latent_stride + 1} of them (--model.sampling.interpolation)."
+                    f"{path} does not fill {self.latent_stride - 1} latent frames between two: expected clips of "
+                    f"{self.latent_stride + 1} of them and mask=closed_boundaries (--model.sampling.interpolation)."
                 )
             if model.latent_shape[1:] != self.latent_shape[1:] or model.num_classes:
                 raise ValueError(

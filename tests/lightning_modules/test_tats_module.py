@@ -35,7 +35,8 @@ def make_module(tokenizer_bundle: Path, **changes: Any) -> TATSModule:
         torch.manual_seed(0)
         module = TATSModule(str(tokenizer_bundle), **(TOY | changes))
         for parameter in module.network.parameters():
-            nn.init.normal_(parameter, std=0.3)
+            if parameter.ndim > 1:  # biases stay 0: the tokens are to decide, not the norms
+                nn.init.normal_(parameter, std=0.5)
     module.load_tokenizer()
     module._trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=0, estimated_stepping_batches=10)
     logged: dict[str, float] = {}
@@ -207,6 +208,7 @@ def saved(module: TATSModule, path: Path, frames: int) -> None:
     trainer = Trainer(max_steps=1, limit_val_batches=0, accelerator="cpu", enable_model_summary=False, **quiet)
     loader = DataLoader([{"codes": random_codes(frames=frames)}], batch_size=None)
     del module.log
+    module.train()
     trainer.fit(module, loader, loader)
     trainer.save_checkpoint(path)
 
