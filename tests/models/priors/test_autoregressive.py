@@ -297,3 +297,20 @@ def test_one_key_has_no_gaps() -> None:
     network = small_tats((5, 2, 2), mask="closed_boundaries")
     keys = torch.ones(2, 1, 4, dtype=torch.int64)
     assert torch.equal(fill_gaps(network, torch.zeros(2, 1, dtype=torch.int64), keys, GREEDY, no_noise), keys)
+
+
+def test_static_shapes_make_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on a GPU, where no shape may change."""
+    network, between = small_tats(), small_tats((5, 2, 2), mask="closed_boundaries")
+    start = torch.zeros(2, 1, dtype=torch.int64)
+    settings = AutoregressiveSampling(top_k=5, top_p=None)
+
+    def sample(released: bool) -> Tensor:
+        keys = slide(network, start, 5, settings, seeded_noise(torch.tensor([1, 2]), "cpu"))
+        noise = seeded_noise(torch.arange(8), "cpu")
+        return fill_gaps(between, start, keys, settings.filter, noise, released)
+
+    sliced = [sample(released) for released in (False, True)]
+    new_cache = TATS.new_cache
+    monkeypatch.setattr(TATS, "new_cache", lambda self: new_cache(self, is_static=True))
+    assert all(torch.equal(sample(released), codes) for released, codes in zip((False, True), sliced, strict=True))
