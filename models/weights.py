@@ -46,11 +46,28 @@ _MEBT_NAMES = (
 
 def official_mebt_name(name: str) -> str:
     """Name in a released MeBT checkpoint of our parameter `name`."""
-    for pattern, replacement in _MEBT_NAMES:
+    return _official_name(name, _MEBT_NAMES)
+
+
+def _official_name(name: str, names: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in names:
         name, count = re.subn(pattern, replacement, name)
         if count:
             return name
     raise KeyError(name)
+
+
+# TATS: the same for its transformers.
+_TATS_NAMES = (
+    (r"^token_embedding\.", "transformer.tok_emb."),
+    (r"^position_embedding$", "transformer.pos_emb"),
+    *_MEBT_NAMES[4:],
+)
+
+
+def official_tats_name(name: str) -> str:
+    """Name in a released TATS checkpoint of our parameter `name`."""
+    return _official_name(name, _TATS_NAMES)
 
 
 def state_digest(state: dict[str, Tensor]) -> str:

@@ -100,7 +100,11 @@ def seeded_noise(seeds: Tensor, device: torch.device | str) -> Noise:
 
 
 def filtered_probabilities(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    keep_at_threshold: bool = False,
 ) -> Tensor:
     """Softmax after temperature, top-k (ties at the threshold are kept) and nucleus filter.
 
@@ -109,6 +113,7 @@ def filtered_probabilities(
         temperature: Divides the logits.
         top_k: Codes to keep, at least.
         top_p: A code is dropped if the codes before it, in descending order, already reach this probability.
+        keep_at_threshold: Drop it only if they exceed it (TATS) instead of reaching it (MeBT).
 
     Returns:
         `[..., K]` probabilities.
@@ -120,7 +125,8 @@ def filtered_probabilities(
     probabilities = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        is_dropped = ordered.cumsum(dim=-1) - ordered >= top_p  # the mass before; never true for the best
+        mass_before = ordered.cumsum(dim=-1) - ordered  # 0 for the best, which is never dropped
+        is_dropped = mass_before > top_p if keep_at_threshold else mass_before >= top_p
         probabilities = probabilities.masked_fill(is_dropped.scatter(-1, order, is_dropped), 0.0)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     return probabilities

@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 
+import lightning_modules
 from callbacks import ShortToLongCurriculum
 from experiments.cli import ROOT, main
 from experiments.lightning_cli import run
-from lightning_modules import MeBTModule, VQGAN3DModule
+from lightning_modules import VQGAN3DModule
 from models.tokenizers import LPIPS, StyleGANDiscriminator
 from models.tokenizers.inflation import inflate
 from models.weights import build
@@ -88,8 +89,12 @@ def toy_size(config: dict[str, Any], tokenizer: Path, data_root: Path) -> list[s
     }
     flags |= {
         "UCF101DataModule": {"data.root": data_root, "data.num_workers": 0},
+        "FramesDataModule": {
+            "data.root": data_root / "UCF-101/Archery",
+            "data.num_workers": 0,
+            "data.frame_stride": 1,
+        },
         "MovingShapesDataModule": {"data.num_train": 4, "data.num_val": 2},
-        "FramesDataModule": {"data.root": data_root / "UCF-101", "data.num_workers": 0},
         "BAIRDataModule": {"data.root": data_root, "data.num_workers": 0},
     }[data]
     flags |= {
@@ -100,6 +105,13 @@ def toy_size(config: dict[str, Any], tokenizer: Path, data_root: Path) -> list[s
             "model.num_heads": 2,
             "model.num_latents": 4,
             "model.sampling.num_steps": 2,
+        },
+        "TATSModule": {
+            "model.tokenizer": tokenizer,
+            "model.codebook_size": 16,
+            "model.dim": 16,
+            "model.depth": 2,
+            "model.num_heads": 2,
         },
         "VQGAN3DModule": toy_tokenizer_size(config),
     }[model]
@@ -148,7 +160,7 @@ def test_experiment_makes_a_step_and_a_validation_at_toy_size(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # a trial leaves nothing behind
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if "mebt" in name])
+@pytest.mark.parametrize("name", [name for name in FILES if "mebt" in name or "tats" in name])
 def test_experiment_resolves_alike_with_and_without_its_tokenizer(name: str, world: Path) -> None:
     with_it = resolved(name, f"--model.tokenizer={world / 'tokenizer'}")
     without = resolved(name, f"--model.tokenizer={world / 'nowhere'}")
@@ -164,15 +176,26 @@ def test_experiment_is_named_after_its_file(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("mebt_16f", 337_177_600), ("mebt_128f", 344_517_632), ("mebt_128f_released", 344_517_632)],
+    [
+        ("mebt_16f", 337_177_600),
+        ("mebt_128f", 344_517_632),
+        ("mebt_128f_released", 344_517_632),
+        ("tats_ucf101", 337_121_280),
+        ("tats_ucf101_uncond", 336_914_432),
+        ("tats_sky", 336_914_432),
+        ("tats_taichi", 336_914_432),
+        ("tats_sky_keys", 336_914_432),
+        ("tats_sky_interpolation", 337_176_576),
+        ("tats_taichi_keys", 336_914_432),
+        ("tats_taichi_interpolation", 337_176_576),
+    ],
 )
 def test_prior_has_the_published_size(name: str, parameters: int) -> None:
     config = resolved(name)
     data = config["data"]["init_args"]
+    prior = getattr(lightning_modules, config["model"]["class_path"].split(".")[-1])
     with torch.device("meta"):
-        module = MeBTModule(
-            **config["model"]["init_args"], num_frames=data["num_frames"], resolution=data["resolution"]
-        )
+        module = prior(**config["model"]["init_args"], num_frames=data["num_frames"], resolution=data["resolution"])
     assert sum(parameter.numel() for parameter in module.parameters()) == parameters
 
 
