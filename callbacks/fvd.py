@@ -140,7 +140,8 @@ class FVDEvaluation(Callback):
         self._metrics: dict[int, FrechetDistance] = {}
         self._measured = (-1, 0)  # step and number of samples
         self._real_features(trainer, pl_module)
-        self._knows_shapes = getattr(self._real_data, "class_names", None) == CLASS_NAMES
+        class_names = getattr(self._real_data, "class_names", list)
+        self._knows_shapes = tuple(class_names()) == CLASS_NAMES
 
     def _find_data(self, trainer: Trainer) -> Any:
         """The data module of the real clips, set up."""

@@ -167,8 +167,6 @@ def test_lossy_frames_are_no_real_set(detections: list[int], fit: Fit) -> None:
 class Codes(MovingShapesDataModule):
     """Batches without pixels, as of a cache of codes."""
 
-    class_names = None
-
     def make_dataset(self, split: Any) -> Any:
         class NoPixels(type(super().make_dataset(split))):
             def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
@@ -273,7 +271,7 @@ def test_shapes_are_judged_by_the_oracle_and_other_videos_are_not(
     assert float(noisy.callback_metrics["metrics/shapes_fidelity"]) < 0.5
 
     others = shapes()
-    others.class_names = ("archery", "bowling")
+    others.class_names = lambda: ["archery", "bowling"]
     trainer = fit(ToyGenerator(), others, cache=str(tmp_path / "others"))
     assert not any("shapes" in name for name in trainer.callback_metrics)
 
