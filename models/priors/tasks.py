@@ -1,8 +1,8 @@
 """MAGVIT's tasks (CVPR 2023, section 3.2 and appendix B.1): which pixels are known, and how the rest is padded.
 
 A task is a region of known pixels. The unknown ones are padded, the padded video is tokenized, and a token whose
-supervoxel holds known pixels is a condition: interior content, to be refined, never to be copied. Padding is content for
-the tokenizer only.
+supervoxel holds known pixels is a condition: to be refined, never to be copied. Padding is content for the tokenizer
+only.
 
 The same region at the scale of the latent grid is the condition of the release; it differs from the supervoxel rule
 where a moving box cuts through supervoxels, and where more frames are known than one code covers.
