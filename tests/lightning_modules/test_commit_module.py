@@ -1,4 +1,4 @@
-"""COMMITModule: tasks drawn by step, conditions tokenized on the fly, validation by task, and generation from pixels."""
+"""COMMITModule: tasks drawn by step, conditions tokenized on the fly, validation by task, generation from pixels."""
 
 from pathlib import Path
 from types import SimpleNamespace
