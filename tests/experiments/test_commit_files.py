@@ -13,7 +13,7 @@ from tiny_experiments import EVERY_RUN, read_video, write_experiment
 from experiments.cli import ROOT, main
 from experiments.lightning_cli import expanded_configs, run
 from lightning_modules import COMMITModule
-from models.priors.tasks import TASKS
+from models.priors.tasks import TASKS, condition_tokens
 
 FILES = {file.stem: file for file in sorted((ROOT / "experiments").glob("*commit*.yaml"))}
 EIGHT, TEN = TASKS[:8], TASKS[:10]
@@ -74,7 +74,9 @@ def test_published_experiments_have_their_size_tasks_and_length(
     assert data["batch_size"] == 32
     expected = {"bair": ("exp", 400.0), "k600": ("linear", 7.5)}.get(name.split("_", 2)[2], ("cosine", 4.5))
     assert (sampling.get("schedule", "cosine"), sampling.get("choice_temperature", 4.5)) == expected
-    assert module.condition_tokens("frame_prediction").sum() == (512 if "k600" in name else 256)
+    rule, past_frames = module.hparams["condition_mask"], module.hparams["past_frames"]
+    given = condition_tokens("frame_prediction", module.latent_shape, module.downsample, rule, past_frames)
+    assert given.sum() == (512 if "k600" in name else 256)
 
 
 @pytest.mark.parametrize("name", FILES)
