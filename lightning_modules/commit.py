@@ -174,14 +174,8 @@ class COMMITModule(VideoGenerator):
             )
         return self.encode_video(padded_video(video, task, self.hparams["past_frames"])).flatten(1)
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Refuse labels beyond the classes, while they are on the host: they would be read as prompts."""
-        if self.num_classes and "label" in batch:
-            self.check_labels(batch["label"])
-        return batch
-
     def check_labels(self, label: Tensor) -> None:
-        """Raise ValueError unless all labels are classes of the model."""
+        """Raise ValueError unless all labels are classes of the model; others would be read as prompts."""
         if label.min() < 0 or label.max() >= self.num_classes:
             raise ValueError(
                 f"Labels from {int(label.min())} to {int(label.max())} do not fit num_classes={self.num_classes} "
@@ -192,6 +186,8 @@ class COMMITModule(VideoGenerator):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Corrupt clips for one task, the same on all ranks, and predict all their codes."""
+        if self.num_classes and batch_idx == 0:  # once an epoch: it waits for the device
+            self.check_labels(batch["label"])
         number = torch.randint(len(self.tasks), (), generator=self.step_generator(TASK_STREAM))  # on the host: no sync
         codes = self.clip_codes(batch)
         mask = self.random_mask(
@@ -260,6 +256,8 @@ class COMMITModule(VideoGenerator):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The training loss of each task without smoothing, with the same masks each time, and the mean over tasks."""
+        if self.num_classes:
+            self.check_labels(batch["label"])
         codes = self.clip_codes(batch)
         mask = self.random_mask(
             len(codes),

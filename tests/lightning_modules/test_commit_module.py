@@ -194,13 +194,13 @@ def test_windows_of_a_curriculum_are_refused(module: COMMITModule, clips: dict[s
 
 
 @pytest.mark.parametrize("label", [-1, 12])
-def test_labels_that_are_no_classes_are_refused_on_the_host(
-    module: COMMITModule, clips: dict[str, Tensor], label: int
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_labels_that_are_no_classes_are_refused(
+    module: COMMITModule, clips: dict[str, Tensor], label: int, step: str
 ) -> None:
-    module.on_before_batch_transfer(clips, 0)
     wrong = clips | {"label": torch.tensor([0, label, 1, 2])}
     with pytest.raises(ValueError, match=r"do not fit num_classes=12 \(--model.num_classes\)"):
-        module.on_before_batch_transfer(wrong, 0)
+        getattr(module, step)(wrong, 0)
 
 
 def test_the_loss_of_a_step_does_not_depend_on_what_came_before(
