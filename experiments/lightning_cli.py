@@ -25,12 +25,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
 import lightning_modules  # noqa: F401
 from callbacks import EMA, Checkpoint, FVDEvaluation, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
 from callbacks.sample_writer import SampleWriter
+from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
 from lightning_modules.generator import VideoGenerator
@@ -62,22 +63,46 @@ class Seeds(LightningDataModule):
         seeds: All seeds.
         batch_size: Videos generated at once on each device.
         num_frames: Pixel frames of each video.
+        task: What to generate, for a model with tasks.
+        label: Class of all videos; None leaves it to the clips, or to the model.
+        clips: What videos are generated from: seed i has clip i, and starts again after the last one.
     """
 
-    def __init__(self, seeds: range, batch_size: int, num_frames: int) -> None:
+    def __init__(
+        self,
+        seeds: range,
+        batch_size: int,
+        num_frames: int,
+        task: str | None = None,
+        label: int | None = None,
+        clips: Dataset[dict[str, Any]] | None = None,
+    ) -> None:
         super().__init__()
         self.seeds = seeds
         self.batch_size = batch_size
         self.num_frames = num_frames
+        self.task = task
+        self.label = label
+        self.clips = clips
 
     def predict_dataloader(self) -> DataLoader[int]:
-        """Return batches of `seeds` `[B]` and `num_frames`; called when the processes know their ranks."""
+        """Return batches, see `batch`; called when the processes know their ranks."""
         mine = self.seeds[self.trainer.global_rank :: self.trainer.world_size] if self.trainer else self.seeds
         return DataLoader(
             mine,  # type: ignore[arg-type] # a range has all that is needed
             batch_size=self.batch_size,
-            collate_fn=lambda batch: {"seeds": torch.tensor(batch), "num_frames": self.num_frames},
+            collate_fn=self.batch,
         )
+
+    def batch(self, seeds: list[int]) -> dict[str, Any]:
+        """Return `seeds` `[B]`, `num_frames`, `task`, and `label` and the clips' `video` where there are such."""
+        batch: dict[str, Any] = {}
+        if self.clips is not None:
+            size = len(self.clips)  # type: ignore[arg-type] # torch's Dataset declares no length
+            batch = collate_clips([self.clips[ClipRequest(seed % size)] for seed in seeds])
+        if self.label is not None:
+            batch["label"] = torch.full((len(seeds),), self.label)
+        return batch | {"seeds": torch.tensor(seeds), "num_frames": self.num_frames, "task": self.task}
 
 
 class LongtakeTrainer(Trainer):
@@ -86,10 +111,12 @@ class LongtakeTrainer(Trainer):
     def sample(
         self,
         model: LightningModule,
-        datamodule: LightningDataModule | None = None,
+        datamodule: VideoDataModule | None = None,
         ckpt_path: str = "",
         num_samples: int = 16,
         num_frames: int | None = None,
+        task: str | None = None,
+        label: int | None = None,
         batch_size: int = 4,
         first_seed: int = 0,
         fps: int = 8,
@@ -99,10 +126,12 @@ class LongtakeTrainer(Trainer):
 
         Args:
             model: The generator.
-            datamodule: Not read: generation needs no data.
+            datamodule: Where the clips come from, for a task that gives pixels: its validation clips, in their order.
             ckpt_path: Checkpoint of the generator.
             num_samples: Number of videos.
             num_frames: Pixel frames of each; null takes the longest that the model was built for.
+            task: What to generate, for a model with tasks; null takes its first.
+            label: Class of all videos; null takes those of the clips, or the classes in turn.
             batch_size: Videos generated at once on each device.
             first_seed: Video i is generated from the seed first_seed + i, whatever the batch size.
             fps: Frames a second in the mp4 files.
@@ -120,18 +149,29 @@ class LongtakeTrainer(Trainer):
                 raise ValueError(f"{name}={value} is too small: at least {least} (--{name}).")
         frames = model.num_frames if num_frames is None else num_frames
         seeds = range(first_seed, first_seed + num_samples)
+        task = model.checked_task(task, label)
+        clips = None
+        if model.needs_clips(task):
+            if datamodule is None:
+                raise ValueError(f"The task {task} starts from clips: give the data of the experiment (--data).")
+            if self.is_global_zero:
+                datamodule.prepare_data()
+            datamodule.setup("validate")
+            clips = datamodule.datasets["val"]
         checkpoint = Path(ckpt_path)
         folder = Path(out) if out else checkpoint.parent.parent / f"samples-{checkpoint.stem}"
         about = {
             "checkpoint": str(checkpoint),
             "num_frames": frames,
+            "task": task,
+            "label": label,
             "sampling": asdict(model.sampling),
             "seeds": list(seeds),
         }
         self.callbacks.append(SampleWriter(folder, fps, about))  # type: ignore[attr-defined]
         self.predict(
             model,
-            datamodule=Seeds(seeds, batch_size, frames),
+            datamodule=Seeds(seeds, batch_size, frames, task, label, clips),
             return_predictions=False,
             ckpt_path=checkpoint,
             weights_only=True,

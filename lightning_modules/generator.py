@@ -23,9 +23,13 @@ class Condition:
 
     Args:
         label: `[B]` int64 classes, or None for an unconditional model.
+        video: `[B, 3, T, H, W]` in [-1, 1] with known pixels; those that the task does not give are not read.
+        task: What is known of the video and what is to be made, for a model with tasks.
     """
 
     label: Tensor | None = None
+    video: Tensor | None = None
+    task: str | None = None
 
 
 class VideoGenerator(LightningModule):
@@ -193,6 +197,22 @@ class VideoGenerator(LightningModule):
         """Videos for a callback to show: `[len(seeds), 3, T, H, W]`."""
         return self.generate(Condition(), self.num_frames, seeds)
 
+    def checked_task(self, task: str | None, label: int | None = None) -> str | None:
+        """Return the task to generate for, if there are tasks; None takes the model's first.
+
+        Raises:
+            ValueError: If the model has no such task, or a label is given that is no class of it.
+        """
+        for name, value in (("task", task), ("label", label)):
+            if value is not None:
+                raise ValueError(f"{name}={value}: {type(self).__name__} has no {name}s to choose from (--{name}).")
+        return None
+
+    def needs_clips(self, task: str | None) -> bool:
+        """Whether the task gives pixels, so that `sample` has to take clips from the data."""
+        return False
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Generate the videos of the seeds in the batch."""
-        return {"seeds": batch["seeds"], "video": self.generate(Condition(), batch["num_frames"], batch["seeds"])}
+        condition = Condition(batch.get("label"), batch.get("video"), batch.get("task"))
+        return {"seeds": batch["seeds"], "video": self.generate(condition, batch["num_frames"], batch["seeds"])}

@@ -206,6 +206,7 @@ class MeBTModule(VideoGenerator):
         Raises:
             ValueError: If a condition is given, or the length does not fit.
         """
-        if condition.label is not None:
-            raise ValueError("This MeBT is unconditional: generate it without a label.")
+        given = [name for name, value in vars(condition).items() if value is not None]
+        if given:
+            raise ValueError(f"This MeBT is unconditional: generate it without a {given[0]}.")
         return self.decode_codes(self.generate_codes(num_frames, seeds, sampling))

@@ -21,7 +21,7 @@ from models.tokenizers import LPIPS, StyleGANDiscriminator
 from models.tokenizers.inflation import inflate
 from models.weights import build
 
-FILES = {file.stem: file for file in sorted((ROOT / "experiments").glob("*.yaml"))}
+FILES = {file.stem: file for file in sorted((ROOT / "experiments").glob("*.yaml")) if "commit" not in file.stem}
 UCF101_FRAMES = 36
 
 
