@@ -2,5 +2,6 @@
 
 from lightning_modules.mebt import MeBTModule
 from lightning_modules.vqgan3d import VQGAN3DModule
+from lightning_modules.walt import WALTModule
 
-__all__ = ["MeBTModule", "VQGAN3DModule"]
+__all__ = ["MeBTModule", "VQGAN3DModule", "WALTModule"]

@@ -359,6 +359,7 @@ class WALT(nn.Module):
         st_rows, st_columns = spatiotemporal_window or (h // 2 if h % 2 == 0 else h, w // 2 if w % 2 == 0 else w)
         windows: tuple[Window, Window] = ((1, rows, columns), (t, st_rows, st_columns))
         self.grid: Window = (t, h, w)
+        self.num_tokens = t * h * w
         self.latent_dim = latent_dim
         self.patch_size = patch_size
         self.num_classes = num_classes
