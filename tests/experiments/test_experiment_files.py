@@ -19,6 +19,8 @@ from lightning_modules import MeBTModule
 from models.weights import build
 
 FILES = {file.stem: file for file in sorted((ROOT / "experiments").glob("*.yaml"))}
+# W.A.L.T's have a tokenizer of another kind, and a test file of their own
+FILES = {name: file for name, file in FILES.items() if not name.startswith(("walt_", "demo_walt"))}
 UCF101_FRAMES = 36
 
 
