@@ -168,7 +168,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, times: Tensor) -> Tensor:
         """Embed times `[...]` as `[..., D]`."""
-        return self.mlp(timestep_embedding(times).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(times).to(next(self.parameters()).dtype))
 
 
 class AdaLNLoRA(nn.Module):
@@ -406,12 +406,14 @@ class WALT(nn.Module):
             nn.init.normal_(positions, std=0.02)
         for linear in (*self.adaln.projections, *self.adaln.up, self.final_modulation, self.head):
             nn.init.zeros_(linear.weight)
-        for linear in self.time_embedder.mlp[::2]:
-            nn.init.normal_(linear.weight, std=0.02)
+        for parameter in self.time_embedder.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
 
     def decayed_parameters(self) -> list[nn.Parameter]:
         """Parameters under weight decay: the weights of Linear layers and convolutions (our choice)."""
-        return [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        names = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        return [parameter for name, parameter in self.named_parameters() if name in names]
 
     def forward(
         self,
@@ -518,6 +520,8 @@ def resized_state(source: WALT, target: WALT) -> dict[str, Tensor]:
     state = dict(source.state_dict())
     state["spatial_positions"] = resized_plane(state["spatial_positions"], target.grid[1:])
     for i, (old, new) in enumerate(zip(source.layers, target.layers, strict=True)):
+        assert isinstance(old, WALTLayer)
+        assert isinstance(new, WALTLayer)
         (t, h, w), (_, new_h, new_w) = old.window, new.window
         name = f"layers.{i}.attention.relative_bias"
         tables = state[name].unflatten(0, (2 * t - 1, 2 * h - 1, 2 * w - 1))

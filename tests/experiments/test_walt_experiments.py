@@ -92,9 +92,9 @@ def test_experiment_learns_at_toy_size(
     toy = {
         "data": {"class_path": "MovingShapesDataModule", "init_args": {**TOY_DATA, "num_frames": frames}},
         "model": {"init_args": {**TOY_MODEL, "tokenizer": str(continuous_tokenizer)}},
-        "trainer": {**EVERY_RUN["trainer"], "max_steps": 40, "val_check_interval": 40, "strategy": "auto"},
+        "trainer": {**EVERY_RUN["trainer"], "max_steps": 40, "val_check_interval": 5, "strategy": "auto"},
         "checkpoint": {"every_n_train_steps": 40},
-        "samples": {"every_n_steps": 0, "num_videos": 1},
+        "samples": {"every_n_steps": 40, "at_validation": False, "num_videos": 1},
     }
     toy["trainer"] |= {"precision": "32-true", "limit_val_batches": 1}
     Path("toy.yaml").write_text(yaml.safe_dump(toy))
@@ -103,8 +103,8 @@ def test_experiment_learns_at_toy_size(
     losses = curve(run, "train/loss")
     assert len(losses) == 40
     assert losses[0] == pytest.approx(1, abs=0.4)  # the untrained network predicts nothing
-    assert sum(losses[-8:]) < 0.85 * sum(losses[:8])
-    assert curve(run, "val/loss")[-1] < 0.95
+    validation = curve(run, "val/loss")  # the same noise each time, unlike training's
+    assert validation[-1] < 0.97 * validation[0], validation
     assert list((run / "samples").glob("*.mp4"))
 
 

@@ -531,6 +531,7 @@ def fit(module: WALTModule, steps: int, folder: Path, **options: Any) -> None:
     trainer.fit(module, datamodule=data, **options)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_statistics_are_measured_when_a_run_begins_and_come_from_the_checkpoint_when_it_goes_on(
     continuous_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
