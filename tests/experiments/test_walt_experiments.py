@@ -92,16 +92,16 @@ def test_experiment_learns_at_toy_size(
     toy = {
         "data": {"class_path": "MovingShapesDataModule", "init_args": {**TOY_DATA, "num_frames": frames}},
         "model": {"init_args": {**TOY_MODEL, "tokenizer": str(continuous_tokenizer)}},
-        "trainer": {**EVERY_RUN["trainer"], "max_steps": 40, "val_check_interval": 5, "strategy": "auto"},
-        "checkpoint": {"every_n_train_steps": 40},
-        "samples": {"every_n_steps": 40, "at_validation": False, "num_videos": 1},
+        "trainer": {**EVERY_RUN["trainer"], "max_steps": 120, "val_check_interval": 5, "strategy": "auto"},
+        "checkpoint": {"every_n_train_steps": 120},
+        "samples": {"every_n_steps": 120, "at_validation": False, "num_videos": 1},
     }
     toy["trainer"] |= {"precision": "32-true", "limit_val_batches": 1}
     Path("toy.yaml").write_text(yaml.safe_dump(toy))
     main(["fit", f"--config={FILES[name]}", "--config=toy.yaml"])
     run = tmp_path / "runs" / name / "version_0"
     losses = curve(run, "train/loss")
-    assert len(losses) == 40
+    assert len(losses) == 120
     assert losses[0] == pytest.approx(1, abs=0.4)  # the untrained network predicts nothing
     validation = curve(run, "val/loss")  # the same noise each time, unlike training's
     assert validation[-1] < 0.97 * validation[0], validation
