@@ -25,11 +25,13 @@ class Condition:
         label: `[B]` int64 classes, or None for an unconditional model.
         video: `[B, 3, T, H, W]` in [-1, 1] with known pixels; those that the task does not give are not read.
         task: What is known of the video and what is to be made, for a model with tasks.
+        past: `[B, 3, T', H, W]` in [-1, 1], the frames that the video begins with, for a model that goes on with them.
     """
 
     label: Tensor | None = None
     video: Tensor | None = None
     task: str | None = None
+    past: Tensor | None = None
 
 
 class VideoGenerator(LightningModule):
@@ -43,8 +45,10 @@ class VideoGenerator(LightningModule):
         num_frames: Pixel frames of the longest clip.
         resolution: Height and width of the video.
         downsample: Pixel frames, rows and columns that one code covers; checked against the tokenizer.
-        codebook_size: Number of video codes; checked against the tokenizer.
+        codebook_size: Number of video codes; checked against the tokenizer. None for one with continuous latents.
         seed: Keys every random draw of training.
+        causal: Whether the tokenizer gives the first frame a latent frame of its own: clips have 1 + k downsample[0]
+            frames then.
     """
 
     tokenizer: VQGAN3D
@@ -56,12 +60,19 @@ class VideoGenerator(LightningModule):
         num_frames: int,
         resolution: int,
         downsample: tuple[int, int, int],
-        codebook_size: int,
+        codebook_size: int | None,
         seed: int,
+        causal: bool = False,
     ) -> None:
         super().__init__()
+        if causal and (num_frames < 1 or (num_frames - 1) % downsample[0]):
+            lower = max(0, num_frames - 1) // downsample[0] * downsample[0] + 1
+            raise ValueError(
+                f"num_frames={num_frames} does not fit a causal tokenizer: it takes 1 + {downsample[0]}k frames. "
+                f"Nearest: {lower} or {lower + downsample[0]} (--data.num_frames)."
+            )
         for name, size, factor in (
-            ("num_frames", num_frames, downsample[0]),
+            ("num_frames", num_frames - causal, downsample[0]),
             ("resolution", resolution, downsample[1]),
             ("resolution", resolution, downsample[2]),
         ):
@@ -75,7 +86,8 @@ class VideoGenerator(LightningModule):
         self.num_frames = num_frames
         self.downsample = tuple(downsample)
         self.codebook_size = codebook_size
-        self.latent_shape = (num_frames // downsample[0], resolution // downsample[1], resolution // downsample[2])
+        latent_frames = (num_frames - causal) // downsample[0] + causal
+        self.latent_shape = (latent_frames, resolution // downsample[1], resolution // downsample[2])
         self.seed = seed
         self.tokens_per_batch = 0  # of the last training step, on this rank
 
@@ -98,6 +110,11 @@ class VideoGenerator(LightningModule):
                 f"  longtake export runs/<experiment>/version_0/checkpoints/last.ckpt {path}"
             )
         tokenizer = load_tokenizer(path)
+        if self.codebook_size is None and tokenizer.codebook_size is not None:
+            raise ValueError(
+                f"The tokenizer at {path} is not continuous: it has {tokenizer.codebook_size} codes, and this model "
+                "denoises real-valued latents. Give a tokenizer without a codebook (--model.tokenizer)."
+            )
         theirs = (tuple(tokenizer.downsample), tokenizer.codebook_size)
         if theirs != (self.downsample, self.codebook_size):
             raise ValueError(

@@ -21,7 +21,12 @@ from models.tokenizers import LPIPS, StyleGANDiscriminator
 from models.tokenizers.inflation import inflate
 from models.weights import build
 
-FILES = {file.stem: file for file in sorted((ROOT / "experiments").glob("*.yaml")) if "commit" not in file.stem}
+# COMMIT's and W.A.L.T's have test files of their own
+FILES = {
+    file.stem: file
+    for file in sorted((ROOT / "experiments").glob("*.yaml"))
+    if not file.stem.startswith(("commit_", "demo_commit", "walt_", "demo_walt"))
+}
 UCF101_FRAMES = 36
 
 
