@@ -84,7 +84,7 @@ class VideoGenerator(LightningModule):
                 )
         self.tokenizer_path = tokenizer
         self.num_frames = num_frames
-        self.downsample = tuple(downsample)
+        self.downsample = (downsample[0], downsample[1], downsample[2])
         self.codebook_size = codebook_size
         latent_frames = (num_frames - causal) // downsample[0] + causal
         self.latent_shape = (latent_frames, resolution // downsample[1], resolution // downsample[2])

@@ -127,7 +127,7 @@ class COMMIT(nn.Module):
 
     def decayed_parameters(self) -> list[nn.Parameter]:
         """Parameters under weight decay: the weights of Linear layers, and nothing else."""
-        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return [module.get_parameter("weight") for module in self.modules() if isinstance(module, nn.Linear)]
 
     def prefix(self, label: Tensor | None, prompt: int, batch_size: int) -> Tensor:
         """Tokens before the video.
