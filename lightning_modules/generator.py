@@ -73,7 +73,7 @@ class VideoGenerator(LightningModule):
                 )
         self.tokenizer_path = tokenizer
         self.num_frames = num_frames
-        self.downsample = tuple(downsample)
+        self.downsample = (downsample[0], downsample[1], downsample[2])
         self.codebook_size = codebook_size
         self.latent_shape = (num_frames // downsample[0], resolution // downsample[1], resolution // downsample[2])
         self.seed = seed
