@@ -127,7 +127,8 @@ class COMMIT(nn.Module):
 
     def decayed_parameters(self) -> list[nn.Parameter]:
         """Parameters under weight decay: the weights of Linear layers, and nothing else."""
-        return [module.get_parameter("weight") for module in self.modules() if isinstance(module, nn.Linear)]
+        names = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        return [parameter for name, parameter in self.named_parameters() if name in names]
 
     def prefix(self, label: Tensor | None, prompt: int, batch_size: int) -> Tensor:
         """Tokens before the video.
