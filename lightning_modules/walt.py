@@ -585,4 +585,4 @@ class WALTModule(VideoGenerator):
             video = batch["video"] if "video" in batch else self.decode_latents(self.batch_latents(batch))
             past = video[:rows, :, :frames]
         label = batch["label"][:rows] if self.num_classes else None
-        return self.generate(Condition(label, past), self.num_frames, seeds)
+        return self.generate(Condition(label, past=past), self.num_frames, seeds)
