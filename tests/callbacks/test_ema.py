@@ -82,7 +82,8 @@ def test_the_average_follows_its_closed_form_once_a_step(accumulate: int, tmp_pa
     run.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert len(module.history) == 3
-    for name in ("layer.weight", "layer.bias", "norm.weight", "norm.running_mean", "norm.running_var"):
+    # not layer.bias: batch norm takes it out again, so that its gradient is 0 but for rounding
+    for name in ("layer.weight", "norm.weight", "norm.running_mean", "norm.running_var"):
         expected = closed_form(initial[name], [state[name] for state in module.history], 0.7)
         assert torch.allclose(checkpoint["state_dict"][name], expected, atol=1e-6), name
         assert not torch.equal(checkpoint["state_dict"][name], module.state_dict()[name]), name
