@@ -130,7 +130,7 @@ def loader_speed(data_module: Any, clips: VideoClips, least_seconds: float) -> M
     loader = data.train_dataloader()
     ours = seconds_of(lambda: [None for _ in loader], least_seconds) / (len(loader) * data.batch_size)
     places = [(clips.videos[index].path, clips.start(index, 0), clips.resolution) for index in range(len(clips))]
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    with multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,)) as pool:
         bare = seconds_of(lambda: pool.map(_decode_only, places, chunksize=2), least_seconds) / len(places)
     details = {"workers": workers, "bare_clips_per_s": 1 / bare, "ours_clips_per_s": 1 / ours}
     name = f"data module with {workers} workers: our clips/s / bare processes"
