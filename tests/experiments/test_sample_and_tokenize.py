@@ -49,6 +49,8 @@ def test_sample_writes_a_video_for_each_seed_a_sheet_and_what_they_are(sample, m
     assert about == {
         "checkpoint": str(mebt_run / "checkpoints/last.ckpt"),
         "num_frames": 16,
+        "task": None,
+        "label": None,
         "seeds": [7, 8, 9],
     }
 
