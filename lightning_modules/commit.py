@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.generator import (
     MASK_ORDER_STREAM,
@@ -40,7 +36,6 @@ from models.priors.tasks import (
     padded_video,
 )
 from models.random import keyed_generator
-from models.schedules import learning_rate_factor
 
 TASK_STREAM = 41
 
@@ -270,23 +265,6 @@ class COMMITModule(VideoGenerator):
             total += loss / len(self.tasks)
             self.log(f"val/loss_{task}", loss, batch_size=len(codes), sync_dist=True)
         self.log("val/loss", total, batch_size=len(codes), sync_dist=True, prog_bar=True)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW in two groups: Linear weights decay, everything else does not."""
-        decayed = self.network.decayed_parameters()
-        is_decayed = {id(parameter) for parameter in decayed}
-        rest = [parameter for parameter in self.network.parameters() if id(parameter) not in is_decayed]
-        optimizer = AdamW(
-            [{"params": decayed, "weight_decay": self.hparams["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
-            lr=self.hparams["lr"],
-            betas=self.hparams["betas"],
-        )
-        factor = partial(
-            learning_rate_factor,
-            warmup_steps=self.hparams["warmup_steps"],
-            decay_steps=int(self.trainer.estimated_stepping_batches),
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     # Generation
 

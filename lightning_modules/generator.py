@@ -2,14 +2,19 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from models.random import keyed_generator
+from models.schedules import learning_rate_factor
 from models.tokenizers import VQGAN3D
 from models.weights import load_tokenizer, state_digest
 
@@ -53,6 +58,8 @@ class VideoGenerator(LightningModule):
 
     tokenizer: VQGAN3D
     sampling: Any  # the paper's sampling settings, a dataclass
+
+    network: Any  # the paper's transformer; its `decayed_parameters()` are those under weight decay
 
     def __init__(
         self,
@@ -187,6 +194,23 @@ class VideoGenerator(LightningModule):
     def step_generator(self, stream: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Generator of this optimizer step, equal on all ranks."""
         return keyed_generator(self.seed, self.global_step, stream, *keys, device=device)
+
+    # Training
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW in two groups: Linear weights decay, everything else does not."""
+        decayed = self.network.decayed_parameters()
+        is_decayed = {id(parameter) for parameter in decayed}
+        rest = [parameter for parameter in self.network.parameters() if id(parameter) not in is_decayed]
+        optimizer = AdamW(
+            [{"params": decayed, "weight_decay": self.hparams["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
+            lr=self.hparams["lr"],
+            betas=self.hparams["betas"],
+        )
+        schedule = self.hparams.get("lr_schedule", "cosine")  # COMMIT has no other
+        decay_steps = int(self.trainer.estimated_stepping_batches) if schedule == "cosine" else None
+        factor = partial(learning_rate_factor, warmup_steps=self.hparams["warmup_steps"], decay_steps=decay_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     # Generation
 

@@ -1,23 +1,18 @@
 """TATS' second stage: autoregressive modelling of codes, and of the frames between key frames (ECCV 2022)."""
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.generator import Condition, VideoGenerator
 from models.priors.autoregressive import AutoregressiveSampling, fill_gaps, slide
 from models.priors.decoding import seeded_noise
 from models.priors.tats import TATS, AttentionMask
 from models.random import keyed_seed
-from models.schedules import learning_rate_factor
 
 GAP_STREAM = 1  # sets the seeds of the gaps between key frames apart from those of the key frames
 
@@ -131,20 +126,6 @@ class TATSModule(VideoGenerator):
         self.log("val/loss", nll.mean(), batch_size=len(nll), sync_dist=True, prog_bar=True)
         # weighted, not indexed: the number of entries under a boolean index is known on the device alone
         self.log("val/nll", (nll * real).sum() / (real.sum() * len(nll)), batch_size=len(nll), sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW in two groups: Linear weights decay, everything else does not."""
-        decayed = self.network.decayed_parameters()
-        is_decayed = {id(parameter) for parameter in decayed}
-        rest = [parameter for parameter in self.network.parameters() if id(parameter) not in is_decayed]
-        optimizer = AdamW(
-            [{"params": decayed, "weight_decay": self.hparams["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
-            lr=self.hparams["lr"],
-            betas=self.hparams["betas"],
-        )
-        decay_steps = int(self.trainer.estimated_stepping_batches) if self.hparams["lr_schedule"] == "cosine" else None
-        factor = partial(learning_rate_factor, warmup_steps=self.hparams["warmup_steps"], decay_steps=decay_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     # Generation
 

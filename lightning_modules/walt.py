@@ -7,10 +7,7 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.generator import VALIDATION_STREAM, Condition, VideoGenerator
 from models.blocks.distributed import sum_over_ranks
@@ -25,7 +22,6 @@ from models.priors.diffusion import (
 )
 from models.priors.walt import WALT
 from models.random import keyed_generator
-from models.schedules import learning_rate_factor
 
 # Streams of random numbers within one training step, besides those of the generator's file; and within a sample.
 DIFFUSION_STREAM, SELF_CONDITIONING_STREAM = 11, 12
@@ -431,20 +427,6 @@ class WALTModule(VideoGenerator):
             total += error / len(VALIDATION_LEVELS)
             self.log(f"val/loss_{level:.1f}", error, batch_size=len(latents), sync_dist=True)
         self.log("val/loss", total, batch_size=len(latents), sync_dist=True, prog_bar=True)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW in two groups: Linear weights decay, everything else does not."""
-        decayed = self.network.decayed_parameters()
-        is_decayed = {id(parameter) for parameter in decayed}
-        rest = [parameter for parameter in self.network.parameters() if id(parameter) not in is_decayed]
-        optimizer = AdamW(
-            [{"params": decayed, "weight_decay": self.hparams["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
-            lr=self.hparams["lr"],
-            betas=self.hparams["betas"],
-        )
-        decay_steps = int(self.trainer.estimated_stepping_batches) if self.hparams["lr_schedule"] == "cosine" else None
-        factor = partial(learning_rate_factor, warmup_steps=self.hparams["warmup_steps"], decay_steps=decay_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     # Generation
 
