@@ -17,7 +17,7 @@ EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train sample tokenize cache-frames export doctor tensorboard bench lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test train sample tokenize cache-frames export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ else
 bench: $(STAMP)
 	$(VENV)/bin/python -m experiments.benchmarks $(ARGS)
 endif
+
+ablation: $(STAMP) ## a comparison on embedded data: NAME= a script of experiments/ablations; ARGS=--length=quick|short|long
+	$(VENV)/bin/python -m experiments.ablations $(NAME) $(ARGS)
 
 lint: $(STAMP) ## formatter and linter, without changing anything
 	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,1 @@
+"""Small comparisons on embedded data: each script is one question, several arms, several seeds."""
