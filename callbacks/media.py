@@ -14,7 +14,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
