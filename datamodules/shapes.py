@@ -96,7 +96,8 @@ class MovingShapes(Dataset[dict[str, Any]]):
         max_objects: largest number of shapes, up to 6.
         speed: least and largest speed, in box widths per unit of time.
         size: least and largest half-width of a shape, in box widths.
-        texture: strength of the background's pattern, from 0 (flat, -0.5) to 1 (between -1 and 0).
+        texture: strength of the background's pattern, from 0 (flat) to 1 (0.5 to both sides of the shade).
+        shade: least and largest mean of the background, from -1 (black) to 0; each clip has its own.
         captions: whether items hold `text`: see `caption`.
         audio: whether items hold `audio` `[1, T, 64, 16]`, a spectrogram for each frame: a click when a shape meets a
             wall, the pitch by its kind, at 25 units of time a second.
@@ -122,6 +123,7 @@ class MovingShapes(Dataset[dict[str, Any]]):
         speed: tuple[float, float] = (0.02, 0.06),
         size: tuple[float, float] = (0.1, 0.2),
         texture: float = 0.3,
+        shade: tuple[float, float] = (-0.5, -0.5),
         captions: bool = False,
         audio: bool = False,
         low_res_factor: int | None = None,
@@ -137,6 +139,7 @@ class MovingShapes(Dataset[dict[str, Any]]):
             f"speed={speed}: 0 <= least <= largest": 0 <= speed[0] <= speed[1],
             f"size={size}: 0 < least <= largest < 0.5": 0 < size[0] <= size[1] < 0.5,
             f"texture={texture}: from 0 to 1": 0 <= texture <= 1,
+            f"shade={shade}: -1 <= least <= largest <= 0": -1 <= shade[0] <= shade[1] <= 0,
             f"low_res_factor={low_res_factor}: a divisor of resolution={resolution}": low_res_factor is None
             or (low_res_factor >= 1 and resolution % low_res_factor == 0),
             f"stills={stills}, num_frames={num_frames}, audio={audio}: an image is one frame, without sound": not stills
@@ -156,6 +159,7 @@ class MovingShapes(Dataset[dict[str, Any]]):
         self.speed = speed
         self.size = size
         self.texture = texture
+        self.shade = shade
         self.captions = captions
         self.audio = audio
         self.low_res_factor = low_res_factor
@@ -271,7 +275,8 @@ class MovingShapes(Dataset[dict[str, Any]]):
         position = (torch.arange(self.resolution) + 0.5) / self.resolution
         waves = torch.cos(torch.pi * torch.arange(_TEXTURE_WAVES)[:, None] * position)  # [wave, W]
         texture = (waves.T @ amplitudes @ waves).clamp(-1, 1)  # [3, H, W]
-        return 0.5 * (self.texture * texture - 1)
+        shade = self.shade[0] + (self.shade[1] - self.shade[0]) * torch.rand((), generator=generator)
+        return (shade + 0.5 * self.texture * texture).clamp(-1, 0)
 
 
 class MovingShapesDataModule(VideoDataModule):
@@ -287,7 +292,8 @@ class MovingShapesDataModule(VideoDataModule):
         max_objects: largest number of shapes in a clip, up to 6.
         speed: least and largest speed, in box widths per unit of time.
         size: least and largest half-width of a shape, in box widths.
-        texture: strength of the background's pattern, from 0 (flat, -0.5) to 1 (between -1 and 0).
+        texture: strength of the background's pattern, from 0 (flat) to 1 (0.5 to both sides of the shade).
+        shade: least and largest mean of the background, from -1 (black) to 0; each clip has its own.
         captions: whether batches hold `text`, such as "a red circle moves horizontally in front of a blue square".
         audio: whether batches hold `audio` `[B, 1, T, 64, 16]`: a click when a shape meets a wall.
         low_res_factor: batches hold `low_res`, the video at resolution / factor; null for none.
@@ -311,6 +317,7 @@ class MovingShapesDataModule(VideoDataModule):
         speed: tuple[float, float] = (0.02, 0.06),
         size: tuple[float, float] = (0.1, 0.2),
         texture: float = 0.3,
+        shade: tuple[float, float] = (-0.5, -0.5),
         captions: bool = False,
         audio: bool = False,
         low_res_factor: int | None = None,
@@ -327,6 +334,7 @@ class MovingShapesDataModule(VideoDataModule):
         self.speed = speed
         self.size = size
         self.texture = texture
+        self.shade = shade
         self.captions = captions
         self.audio = audio
         self.low_res_factor = low_res_factor
@@ -350,6 +358,7 @@ class MovingShapesDataModule(VideoDataModule):
             self.speed,
             self.size,
             self.texture,
+            self.shade,
             self.captions,
             self.audio,
             self.low_res_factor,

@@ -64,6 +64,15 @@ def test_values_fill_the_house_range_and_no_more(texture: float) -> None:
     assert (video.min(), video.max()) == (-1, 1)
 
 
+def test_each_clip_has_a_shade_of_its_own_within_the_given_bounds() -> None:
+    dataset = clips(texture=0.0, max_objects=1, shade=(-0.9, -0.1))
+    shades = torch.stack([dataset.render(index).flatten(1).median(dim=1).values for index in range(20)])  # [clip, C]
+    assert shades.min() >= -0.9
+    assert shades.max() <= -0.1
+    assert (shades == shades[:, :1]).all()  # grey
+    assert len(shades[:, 0].unique()) == 20
+
+
 @pytest.mark.parametrize("texture", [0.0, 0.4, 1.0])
 def test_background_stands_still_and_is_as_strong_as_asked(texture: float) -> None:
     dataset = clips(texture=texture, max_objects=1)
@@ -194,6 +203,7 @@ def test_the_longest_clip_can_be_drawn_at_its_end_alone() -> None:
         ("speed", (0.2, 0.1)),
         ("size", (0.1, 0.5)),
         ("texture", 1.5),
+        ("shade", (-0.5, 0.5)),
     ],
 )
 def test_impossible_options_are_refused_by_name(option: str, value: Any) -> None:
