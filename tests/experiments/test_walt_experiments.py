@@ -156,4 +156,4 @@ def test_a_clip_length_that_does_not_fit_is_one_message(walt: Path) -> None:
 
 def test_guidance_without_condition_dropout_is_one_message(walt: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale=2.0 needs a model without condition"):
-        main(["fit", "--config=walt.yaml", "--model.sampling.guidance_scale=2", "--model.label_dropout=0"])
+        main(["fit", "--config=walt.yaml", "--model.sampling.guidance_scale=2", "--model.condition_dropout=0"])

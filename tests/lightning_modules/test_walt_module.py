@@ -109,7 +109,8 @@ def test_a_tokenizer_that_is_not_causal_is_refused(make: Make, monkeypatch: pyte
         return tokenizer
 
     monkeypatch.setattr(generator, "load_tokenizer", not_causal)
-    with pytest.raises(ValueError, match=r"makes \(2, 4, 4\) latents of 9 frames.*it is not causal"):
+    message = r"makes \(2, 4, 4\) latents of 9 frames, the model expects \(3, 4, 4\): one of the two is causal"
+    with pytest.raises(ValueError, match=message):
         module.load_tokenizer()
 
 
@@ -123,7 +124,7 @@ def test_a_clip_that_is_not_one_plus_four_k_frames_is_refused(make: Make, frames
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_dropout": 0.0}, "trained with its label alone; set --model.label_dropout above 0"),
+        ({"condition_dropout": 0.0}, "trained with its label alone; set --model.condition_dropout above 0"),
         ({"frame_prediction": 1.0}, "always given its first frames; set --model.frame_prediction below 1"),
         ({"num_classes": 0}, "has no condition to guide by"),
     ],
@@ -140,7 +141,7 @@ def test_guidance_without_dropped_conditions_in_training_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_dropout": 1.5}, r"label_dropout=1.5 is a share"),
+        ({"condition_dropout": 1.5}, r"condition_dropout=1.5 is a share"),
         ({"frame_prediction": 0.5, "past_latents": (3,)}, r"past_latents=\(3,\): a clip of 3 latent frames"),
         ({"frame_prediction": 0.5, "past_latents": ()}, r"how many latent frames are given"),
         ({"process": "rectified_flow", "min_snr": 5.0}, r"min_snr weighs the levels of process=diffusion alone"),
@@ -265,7 +266,7 @@ def test_self_conditioning_is_decided_for_all_ranks_at_once_and_as_often_as_aske
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, [0, 1, 2, 3]), (1.0, [5, 5, 5, 5])])
 def test_labels_are_dropped_as_often_as_asked(make: Make, share: float, expected: list[int]) -> None:
-    module = make(label_dropout=share)
+    module = make(condition_dropout=share)
     seen = calls(module)
     module.training_step(random_batch(4), 0)
     assert all(call["label"].tolist() == expected for call in seen)
@@ -299,7 +300,7 @@ def test_frames_are_given_as_often_and_as_many_as_asked(make: Make) -> None:
 
 
 def test_images_and_videos_train_together_each_with_its_labels(make: Make) -> None:
-    module = make(joint_images=True, label_dropout=0.0)
+    module = make(joint_images=True, condition_dropout=0.0)
     seen = calls(module)
     is_image = torch.tensor([True, False])
     labels = torch.tensor([[4, 2, 0], [1, 1, 1]])
@@ -425,7 +426,7 @@ def test_missing_labels_are_drawn_from_the_seeds(make: Make) -> None:
 def test_guidance_asks_the_network_without_its_conditions(make: Make) -> None:
     module = make(frame_prediction=0.5, sampling=DiffusionSampling(num_steps=2, guidance_scale=3.0))
     seen = calls(module)
-    module.generate(Condition(torch.tensor([1]), random_video(1, 5)), 9, torch.tensor([5]))
+    module.generate(Condition(torch.tensor([1]), past=random_video(1, 5)), 9, torch.tensor([5]))
     assert ["label" in call for call in seen] == [True, False, True, False]
     assert ["past" in call for call in seen] == [True, False, True, False]
     assert torch.equal(seen[2]["estimate"], seen[3]["estimate"])  # both see the guided estimate
@@ -448,7 +449,7 @@ def test_long_videos_go_on_from_their_last_five_frames(make: Make, monkeypatch: 
     truth = random_video(2, 9 + 3 * 4)
     pasts = []
 
-    def oracle(seeds: Tensor, label: Tensor, past: Tensor | None, sampling: Any, part: int = 0) -> Tensor:
+    def oracle(seeds: Tensor, given: Any, past: Tensor | None, low_res: Any, sampling: Any, part: int) -> Tensor:
         pasts.append(past)
         return module.normalised(module.encode_latents(truth[:, :, 4 * part : 4 * part + 9]))
 
