@@ -456,7 +456,7 @@ class LongtakeCLI(LightningCLI):
         dumped = self._parser(command).dump(config, skip_none=False, skip_link_targets=False, format="json")
         given = json.loads(dumped)["model"]
         now = {"_class_path": given["class_path"], **given["init_args"]}
-        # A checkpoint does not bind how to sample, nor where tokenizers lie: their hashes are checked when they are loaded.
+        # A checkpoint does not bind how to sample, nor where tokenizers lie: their hashes are checked on loading.
         places = ("tokenizer", "low_res_tokenizer", "t5_weights")
         free = {"sampling"} | {key for key in places if isinstance(now.get(key), str)}
         differing = [

@@ -228,7 +228,7 @@ class WALTModule(VideoGenerator):
         return self.low_res_path is not None
 
     @property
-    def _half_shape(self) -> tuple[int, int, int]:
+    def half_shape(self) -> tuple[int, int, int]:
         """Latents of the stage before."""
         t, h, w = self.latent_shape
         return t, h // 2, w // 2
@@ -298,11 +298,11 @@ class WALTModule(VideoGenerator):
         height, width = self._frame_size()
         fits = tokenizer.codebook_size is None and tokenizer.valid_frames(self.num_frames)
         shape = tuple(tokenizer.latent_shape(self.num_frames, height // 2, width // 2)) if fits else None
-        if shape != self._half_shape:
+        if shape != self.half_shape:
             raise ValueError(
                 f"The tokenizer of the stage before, {path}, makes {shape or 'no continuous'} latents of "
                 f"{self.num_frames} frames of {height // 2} x {width // 2} pixels, and this stage doubles "
-                f"{self._half_shape} (--model.low_res_tokenizer)."
+                f"{self.half_shape} (--model.low_res_tokenizer)."
             )
         self.__dict__["low_res_tokenizer"] = tokenizer
         self.low_res_digest = state_digest(tokenizer.state_dict())
@@ -887,9 +887,9 @@ class WALTModule(VideoGenerator):
                 "`longtake cascade` runs the stages one after the other."
             )
         shapes = {tuple(clip.shape[2:]) for clip in clips}
-        if len(clips) != extensions + 1 or shapes != {self._half_shape}:
+        if len(clips) != extensions + 1 or shapes != {self.half_shape}:
             raise ValueError(
-                f"This stage enlarges {extensions + 1} clips of {self._half_shape} latents to so many frames, and got "
+                f"This stage enlarges {extensions + 1} clips of {self.half_shape} latents to so many frames, and got "
                 f"{len(clips)} of {', '.join(map(str, sorted(shapes)))}."
             )
         return clips
