@@ -109,7 +109,7 @@ def cached_latents(folder: Path, size: Length, channels: int) -> tuple[Path, Pat
     tokenizer, latents = folder / f"tokenizer_{channels}", folder / f"latents_{channels}"
     data = [f"--data.resolution={size.resolution}", f"--data.num_train={size.clips}", "--data.num_val=32"]
     if not tokenizer.exists():
-        parts = {"quantizer": {"init_args": {"dim": channels}}, "decoder": {"init_args": {"latent_dim": channels}}}
+        parts = {"quantizer": {"init_args": {"dim": channels}}}
         changes = folder / f"channels_{channels}.yaml"
         changes.parent.mkdir(parents=True, exist_ok=True)
         changes.write_text(yaml.safe_dump({"model": {"init_args": {"tokenizer": {"init_args": parts}}}}))

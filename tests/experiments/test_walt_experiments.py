@@ -126,7 +126,7 @@ TOY_MODEL = {
     "num_heads": 4,
     "mlp_dim": 64,
     "spatiotemporal_window": [2, 2],
-    "lr": 1e-2,
+    "lr": 3e-3,  # so that the first step does not do it all
     "warmup_steps": 0,
     "statistics_clips": 16,
     "downsample": [4, 8, 8],
