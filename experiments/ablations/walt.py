@@ -118,7 +118,9 @@ def cached_latents(folder: Path, size: Length, channels: int) -> tuple[Path, Pat
         words += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
         result = run(["fit", *words, f"--run_root={folder / 'tokenizers'}"])
         export([str(Path(str(result.trainer.log_dir)) / "checkpoints/last.ckpt"), str(tokenizer)])
-    # a command that was killed goes on where it stopped, one that was not has nothing to do
+    if (latents / "statistics.json").is_file():
+        return tokenizer, latents
+    # a command that was killed goes on where it stopped
     demo = [f"--config={EXPERIMENTS / 'demo_walt.yaml'}", f"--model.tokenizer={tokenizer}"]
     demo += [f"--model.latent_dim={channels}", *data]
     run(["tokenize", *demo, f"--out={latents}", "--latents=bf16"])
