@@ -237,3 +237,29 @@ def test_a_clip_length_that_does_not_fit_is_one_message(walt: Path) -> None:
 def test_guidance_without_condition_dropout_is_one_message(walt: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale=2.0 needs a model without condition"):
         main(["fit", "--config=walt.yaml", "--model.sampling.guidance_scale=2", "--model.condition_dropout=0"])
+
+
+def test_one_command_runs_a_cascade_from_checkpoints(
+    continuous_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = []
+    for name, resolution in (("demo_walt", 32), ("demo_walt_sr", 64)):
+        toy = toy_size(name, continuous_tokenizer)
+        toy["trainer"] |= {"max_steps": 2, "limit_val_batches": 0}
+        toy["data"]["init_args"]["resolution"] = resolution
+        checkpoints.append(str(train(name, toy) / "checkpoints/last.ckpt"))
+    command = ["cascade", *checkpoints, "--num_samples=3", "--batch_size=2", "--num_frames=13", "--first_seed=4"]
+    main([*command, "--out=made", "--label=3"])
+    assert [read_video(tmp_path / f"made/seed=00000{seed}.mp4").shape for seed in (4, 5, 6)] == [(13, 64, 64, 3)] * 3
+    assert {path.name for path in Path("made").glob("*.png")} == {"stage_0.png", "stage_1.png"}
+    assert json.loads(Path("made/samples.json").read_text())["checkpoints"] == checkpoints
+    for arguments, message in (
+        (checkpoints[:1], "at least one super-resolution stage: give two checkpoints"),
+        (checkpoints[::-1], "is a super-resolution stage: give the base model first"),
+        ([*checkpoints, "--tokenizers", "one"], "2 checkpoints have as many tokenizers, not 1"),
+        ([*checkpoints, "--text=a cat"], "No stage reads text"),
+        ([*checkpoints, "--label=12"], "this model has 12 classes, from 0 on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(["cascade", *arguments, "--out=made"])

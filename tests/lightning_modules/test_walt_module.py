@@ -645,7 +645,7 @@ def test_validation_gives_the_low_resolution_with_the_noise_of_sampling(enlarger
 
 def test_a_cascade_hands_on_latents_and_its_extensions_go_on(make: Make, enlarger: Make) -> None:
     base = make(frame_prediction=0.5, resolution=16)
-    for stage, more in ((enlarger(), {}), (enlarger(frame_prediction=0.5), {"past"})):
+    for stage, more in ((enlarger(), set()), (enlarger(frame_prediction=0.5), {"past"})):
         stage.low_res_digest = base.tokenizer_digest
         check_stages([base, stage], ["base", "2x"])
         seen = calls(stage)
