@@ -34,7 +34,8 @@ def check_stages(stages: Sequence[Any], names: Sequence[str]) -> None:
             )
         if stage.low_res_digest != before.tokenizer_digest:
             raise ValueError(
-                f"{name} was trained to enlarge what another tokenizer than {before.tokenizer_path} makes."
+                f"{name} was trained to enlarge what another tokenizer makes than {before.tokenizer_path}, that of the "
+                "stage before."
             )
 
 
