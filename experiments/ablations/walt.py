@@ -68,7 +68,7 @@ class Length:
 
 
 LENGTHS = {
-    "quick": Length(1, 2, 2, 8, 2, 2, 32, 2, 32),
+    "quick": Length(1, 2, 2, 32, 2, 2, 32, 2, 32),
     "short": Length(2, 1150, 1000, 2048, 64, 50, 128, 4, 64),
     "long": Length(3, 8000, 20000, 8192, 512, 50, 256, 8, 64),
 }
@@ -116,6 +116,7 @@ def cached_latents(folder: Path, size: Length, channels: int) -> tuple[Path, Pat
         steps = size.tokenizer_steps
         words = [f"--config={EXPERIMENTS / 'demo_continuous_tokenizer.yaml'}", f"--config={changes}", *data]
         words += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+        words += [f"--trainer.log_every_n_steps={min(10, steps)}"]
         result = run(["fit", *words, f"--run_root={folder / 'tokenizers'}"])
         export([str(Path(str(result.trainer.log_dir)) / "checkpoints/last.ckpt"), str(tokenizer)])
     if (latents / "statistics.json").is_file():
@@ -144,6 +145,7 @@ def trained(
     words += ["--data=TokenDataModule", f"--data.root={latents}", f"--data.resolution={size.resolution}"]
     words += ["--data.num_frames=17", "--data.batch_size=16"]
     words += [f"--trainer.max_steps={size.steps}", f"--trainer.val_check_interval={max(1, size.steps // 10)}"]
+    words += [f"--trainer.log_every_n_steps={min(10, size.steps)}"]
     run_folder = Path(str(run(words).trainer.log_dir))
     model = WALTModule.load_from_checkpoint(
         run_folder / "checkpoints/last.ckpt", map_location=device(), weights_only=True

@@ -24,7 +24,7 @@ def test_the_main_claims_can_be_compared(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_long_compares_all_of_the_papers_table() -> None:
     arms = {arm for _, arms in (ablation.MAIN | ablation.OTHERS).values() for arm in arms}
-    assert len(arms) == 12
+    assert len(arms) == 11
     assert len(ablation.OTHERS) == 6
 
 
