@@ -680,7 +680,9 @@ class WALTModule(VideoGenerator):
         total = torch.zeros((), device=self.device)
         for level in VALIDATION_LEVELS:
             times = self.process.times(torch.full((len(latents),), level, device=self.device))
-            error = self.squared_errors(latents, noise, times, label=label, is_image=is_image, **conditions).mean()
+            error = self.squared_errors(
+                latents, noise, times, twice=False, label=label, is_image=is_image, **conditions
+            ).mean()
             total += error / len(VALIDATION_LEVELS)
             self.log(f"val/loss_{level:.1f}", error, batch_size=len(latents), sync_dist=True)
         self.log("val/loss", total, batch_size=len(latents), sync_dist=True, prog_bar=True)
