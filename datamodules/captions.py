@@ -1,13 +1,16 @@
 """Videos or images with captions, listed in JSON lines."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.audio import SoundClips
@@ -108,14 +111,29 @@ class CaptionedVideo(Video):
 class CaptionedClips(VideoClips):
     """Clips with their captions: the item of `VideoClips`, with `text` and `is_image`.
 
-    If a file cannot be read, the caption is that of the clip which takes its place.
+    If a file cannot be read, the caption is that of the clip which takes its place. With a `width`, frames are made
+    just large enough for `resolution` x `width` pixels and cropped to that, instead of a square.
     """
 
     videos: list[CaptionedVideo]  # type: ignore[assignment] # of this kind only
+    width: int | None = None
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
         item = super().__getitem__(request)
         return item | {"text": self.videos[item["index"]].text, "is_image": self.num_frames == 1}
+
+    def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
+        """Resize and crop one frame `[h, w, 3]` to float `[3, H, W]`."""
+        if self.width is None:
+            return super()._square(frame, place)
+        image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()  # [1, 3, h, w]
+        wanted = (self.resolution, self.width)
+        scale = max(pixels / side for pixels, side in zip(wanted, image.shape[2:], strict=True))
+        size = [max(p, round(side * scale)) for p, side in zip(wanted, image.shape[2:], strict=True)]
+        image = F.interpolate(image, size, mode="bilinear", antialias=self.antialias)
+        share = place or (0.5, 0.5)
+        top, left = (int(part * (side - p + 1)) for part, side, p in zip(share, size, wanted, strict=True))
+        return image[0, :, top : top + wanted[0], left : left + wanted[1]]
 
     def start(self, index: int, epoch: int) -> int:
         """Return the frame at which the clip begins: the one that its line names, or a random one."""
@@ -141,6 +159,7 @@ class CaptionedDataModule(VideoDataModule):
         num_frames: frames of a clip; shorter videos are left out. 1 for images.
         frame_stride: distance of neighbouring frames of a clip in the video, 1 for all frames.
         resolution: height and width of a clip, in pixels.
+        width: width of a clip, where it is another one than the height.
         antialias: whether the bilinear resize of video filters when it shrinks. Images are resized as ADM does.
         random_crop: whether training clips are cropped at a random place instead of the centre.
         horizontal_flip: whether half of the training clips are mirrored; captions that say left or right turn wrong.
@@ -160,6 +179,7 @@ class CaptionedDataModule(VideoDataModule):
         num_frames: int = 16,
         frame_stride: int = 1,
         resolution: int = 128,
+        width: int | None = None,
         antialias: bool = True,
         random_crop: bool = False,
         horizontal_flip: bool = False,
@@ -173,6 +193,7 @@ class CaptionedDataModule(VideoDataModule):
         super().__init__(num_frames, frame_stride, resolution, batch_size, val_batch_size, num_workers, seed)
         self.root = Path(root)
         self.lists: dict[Split, Path] = {"train": self.root / train_list, "val": self.root / val_list}
+        self.width = width
         self.antialias = antialias
         self.random_crop = random_crop
         self.horizontal_flip = horizontal_flip
@@ -203,6 +224,7 @@ class CaptionedDataModule(VideoDataModule):
             horizontal_flip=self.horizontal_flip and split == "train",
             name=name,
         )
+        clips.width = self.width
         return SoundClips(clips, name) if self.audio else clips
 
     def _listed_videos(self, captions: list[Caption]) -> list[CaptionedVideo]:

@@ -65,6 +65,7 @@ class Seeds(LightningDataModule):
         num_frames: Pixel frames of each video.
         task: What to generate, for a model with tasks.
         label: Class of all videos; None leaves it to the clips, or to the model.
+        text: Prompt of all videos; None leaves it to the clips.
         clips: What videos are generated from: seed i has clip i, and starts again after the last one.
     """
 
@@ -75,6 +76,7 @@ class Seeds(LightningDataModule):
         num_frames: int,
         task: str | None = None,
         label: int | None = None,
+        text: str | None = None,
         clips: Dataset[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +85,7 @@ class Seeds(LightningDataModule):
         self.num_frames = num_frames
         self.task = task
         self.label = label
+        self.text = text
         self.clips = clips
 
     def predict_dataloader(self) -> DataLoader[int]:
@@ -95,13 +98,15 @@ class Seeds(LightningDataModule):
         )
 
     def batch(self, seeds: list[int]) -> dict[str, Any]:
-        """Return `seeds` `[B]`, `num_frames`, `task`, and `label` and the clips' `video` where there are such."""
+        """Return `seeds` `[B]`, `num_frames`, `task`; `label`, `text` and the clips' `video` where there are any."""
         batch: dict[str, Any] = {}
         if self.clips is not None:
             size = len(self.clips)  # type: ignore[arg-type] # torch's Dataset declares no length
             batch = collate_clips([self.clips[ClipRequest(seed % size)] for seed in seeds])
         if self.label is not None:
             batch["label"] = torch.full((len(seeds),), self.label)
+        if self.text is not None:
+            batch["text"] = [self.text] * len(seeds)
         return batch | {"seeds": torch.tensor(seeds), "num_frames": self.num_frames, "task": self.task}
 
 
@@ -117,6 +122,7 @@ class LongtakeTrainer(Trainer):
         num_frames: int | None = None,
         task: str | None = None,
         label: int | None = None,
+        text: str | None = None,
         batch_size: int = 4,
         first_seed: int = 0,
         fps: int = 8,
@@ -132,6 +138,7 @@ class LongtakeTrainer(Trainer):
             num_frames: Pixel frames of each; null takes the longest that the model was built for.
             task: What to generate, for a model with tasks; null takes its first.
             label: Class of all videos; null takes those of the clips, or the classes in turn.
+            text: Prompt of all videos, for a model that reads text; null takes the clips' captions.
             batch_size: Videos generated at once on each device.
             first_seed: Video i is generated from the seed first_seed + i, whatever the batch size.
             fps: Frames a second in the mp4 files.
@@ -150,8 +157,10 @@ class LongtakeTrainer(Trainer):
         frames = model.num_frames if num_frames is None else num_frames
         seeds = range(first_seed, first_seed + num_samples)
         task = model.checked_task(task, label)
+        if text is not None and not model.reads_text:
+            raise ValueError(f"text={text}: {type(model).__name__} reads no text here (--text).")
         clips = None
-        if model.needs_clips(task):
+        if model.needs_clips(task) or (model.reads_text and text is None):
             if datamodule is None:
                 raise ValueError(f"The task {task} starts from clips: give the data of the experiment (--data).")
             if self.is_global_zero:
@@ -165,13 +174,14 @@ class LongtakeTrainer(Trainer):
             "num_frames": frames,
             "task": task,
             "label": label,
+            "text": text,
             "sampling": asdict(model.sampling),
             "seeds": list(seeds),
         }
         self.callbacks.append(SampleWriter(folder, fps, about))  # type: ignore[attr-defined]
         self.predict(
             model,
-            datamodule=Seeds(seeds, batch_size, frames, task, label, clips),
+            datamodule=Seeds(seeds, batch_size, frames, task, label, text, clips),
             return_predictions=False,
             ckpt_path=checkpoint,
             weights_only=True,
@@ -446,8 +456,9 @@ class LongtakeCLI(LightningCLI):
         dumped = self._parser(command).dump(config, skip_none=False, skip_link_targets=False, format="json")
         given = json.loads(dumped)["model"]
         now = {"_class_path": given["class_path"], **given["init_args"]}
-        # A checkpoint does not bind how to sample, nor where the tokenizer lies: its hash is checked when it is loaded.
-        free = {"sampling"} | {key for key in ("tokenizer",) if isinstance(now.get(key), str)}
+        # A checkpoint does not bind how to sample, nor where tokenizers lie: their hashes are checked on loading.
+        places = ("tokenizer", "low_res_tokenizer", "t5_weights")
+        free = {"sampling"} | {key for key in places if isinstance(now.get(key), str)}
         differing = [
             f"  {key.lstrip('_')}: {saved[key]!r} in the checkpoint, {now[key]!r} given"
             for key in saved.keys() & now.keys() - free

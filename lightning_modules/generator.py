@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from models.random import keyed_generator
@@ -53,13 +53,14 @@ class VideoGenerator(LightningModule):
         codebook_size: Number of video codes; checked against the tokenizer. None for one with continuous latents.
         seed: Keys every random draw of training.
         causal: Whether the tokenizer gives the first frame a latent frame of its own: clips have 1 + k downsample[0]
-            frames then.
+            frames then. None reads it off num_frames: 17 frames at a factor of 4 are those of a causal one.
     """
 
     tokenizer: VQGAN3D
     sampling: Any  # the paper's sampling settings, a dataclass
 
     network: Any  # the paper's transformer; its `decayed_parameters()` are those under weight decay
+    reads_text = False  # whether batches must hold `text`, and a prompt can be given
 
     def __init__(
         self,
@@ -69,9 +70,11 @@ class VideoGenerator(LightningModule):
         downsample: tuple[int, int, int],
         codebook_size: int | None,
         seed: int,
-        causal: bool = False,
+        causal: bool | None = None,
     ) -> None:
         super().__init__()
+        if causal is None:
+            causal = num_frames % downsample[0] == 1
         if causal and (num_frames < 1 or (num_frames - 1) % downsample[0]):
             lower = max(0, num_frames - 1) // downsample[0] * downsample[0] + 1
             raise ValueError(
@@ -93,12 +96,19 @@ class VideoGenerator(LightningModule):
         self.num_frames = num_frames
         self.downsample = (downsample[0], downsample[1], downsample[2])
         self.codebook_size = codebook_size
-        latent_frames = (num_frames - causal) // downsample[0] + causal
-        self.latent_shape = (latent_frames, resolution // downsample[1], resolution // downsample[2])
+        self.latent_shape = (
+            self.latent_frames(num_frames),
+            resolution // downsample[1],
+            resolution // downsample[2],
+        )
         self.seed = seed
         self.tokens_per_batch = 0  # of the last training step, on this rank
 
     # The tokenizer
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of so many pixel frames; rounded up, since a causal tokenizer has 1 + k of 1 + 4k frames."""
+        return -(-num_frames // self.downsample[0])
 
     def load_tokenizer(self) -> None:
         """Load the frozen tokenizer, once: a step of its own, so that a model can be built and counted without one.
@@ -127,6 +137,15 @@ class VideoGenerator(LightningModule):
             raise ValueError(
                 f"The tokenizer at {path} has downsample={theirs[0]} and codebook_size={theirs[1]}, the model expects "
                 f"{self.downsample} and {self.codebook_size} (--model.downsample, --model.codebook_size)."
+            )
+        height, width = (self.latent_shape[axis] * self.downsample[axis] for axis in (1, 2))
+        fits = tokenizer.valid_frames(self.num_frames)
+        shape = tuple(tokenizer.latent_shape(self.num_frames, height, width)) if fits else None
+        if shape != self.latent_shape:
+            raise ValueError(
+                f"The tokenizer at {path} makes {shape or 'no'} latents of {self.num_frames} frames, the model expects "
+                f"{self.latent_shape}: one of the two is causal (1 + {self.downsample[0]}k frames), the other is not "
+                "(--model.tokenizer, --data.num_frames)."
             )
         self.__dict__["tokenizer"] = tokenizer
         self.tokenizer_digest = state_digest(tokenizer.state_dict())
@@ -184,7 +203,7 @@ class VideoGenerator(LightningModule):
             return codes, 0
         frames = self.downsample[0]
         before = batch["margin_before"] // frames
-        return codes[:, before : before + batch["window_frames"] // frames], batch["window_start"] // frames
+        return codes[:, before : before + self.latent_frames(batch["window_frames"])], batch["window_start"] // frames
 
     def sliced_by_rank(self, draw: Any, batch_size: int) -> Tensor:
         """This rank's rows of `draw(global batch size)`: two ranks with B draw what one draws with 2B."""
@@ -198,19 +217,21 @@ class VideoGenerator(LightningModule):
     # Training
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW in two groups: Linear weights decay, everything else does not."""
+        """Two groups: Linear weights decay, everything else does not."""
         decayed = self.network.decayed_parameters()
         is_decayed = {id(parameter) for parameter in decayed}
         rest = [parameter for parameter in self.network.parameters() if id(parameter) not in is_decayed]
-        optimizer = AdamW(
-            [{"params": decayed, "weight_decay": self.hparams["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
-            lr=self.hparams["lr"],
-            betas=self.hparams["betas"],
+        optimizer = self.make_optimizer(
+            [{"params": decayed, "weight_decay": self.hparams["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
         )
         schedule = self.hparams.get("lr_schedule", "cosine")  # COMMIT has no other
         decay_steps = int(self.trainer.estimated_stepping_batches) if schedule == "cosine" else None
         factor = partial(learning_rate_factor, warmup_steps=self.hparams["warmup_steps"], decay_steps=decay_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """AdamW of groups of parameters."""
+        return AdamW(groups, lr=self.hparams["lr"], betas=self.hparams["betas"])
 
     # Generation
 

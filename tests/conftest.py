@@ -55,12 +55,13 @@ class LinearTokenizer(nn.Module):
 @pytest.fixture
 def continuous_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A path at which generators find the tokenizer of this file; other paths hold what they hold."""
-    from lightning_modules import generator
+    from lightning_modules import generator, walt
 
     path = tmp_path / "continuous"
     path.mkdir()
     load: Callable[[Path], nn.Module] = generator.load_tokenizer
-    monkeypatch.setattr(
-        generator, "load_tokenizer", lambda asked: LinearTokenizer().eval() if asked == path else load(asked)
-    )
+    for module in (generator, walt):
+        monkeypatch.setattr(
+            module, "load_tokenizer", lambda asked: LinearTokenizer().eval() if asked == path else load(asked)
+        )
     return path

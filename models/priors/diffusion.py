@@ -223,6 +223,8 @@ class DiffusionSampling:
             (Lin et al., 2024); not part of the paper.
         guidance_interval: Guide between these noise levels alone, as fractions of the process (Kynkaanniemi et al.,
             2024); not part of the paper.
+        low_res_time: Noise that a super-resolution stage adds to what it enlarges, as a time of the process (our
+            choice; the paper gives no number).
 
     Raises:
         ValueError: If a number is out of its range.
@@ -234,6 +236,7 @@ class DiffusionSampling:
     guidance_power: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    low_res_time: float = 100.0
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -244,6 +247,7 @@ class DiffusionSampling:
             f"guidance_power={self.guidance_power}: above 0": self.guidance_power is None or self.guidance_power > 0,
             f"guidance_rescale={self.guidance_rescale}: from 0 to 1": 0 <= self.guidance_rescale <= 1,
             f"guidance_interval={self.guidance_interval}: 0 <= low <= high <= 1": 0 <= low <= high <= 1,
+            f"low_res_time={self.low_res_time}: from 0 to 999": 0 <= self.low_res_time <= 999,
         }
         for rule, holds in checks.items():
             if not holds:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from models.priors.text import ByteTextEncoder
+
 Window = tuple[int, int, int]  # latent frames, rows and columns of tokens
 
 # Depth, width and patch of the paper's models (table 8), with 16 heads everywhere and an MLP of 4 * dim.
@@ -311,10 +313,14 @@ class WALT(nn.Module):
         lora_on_first: Whether the first layer has a low-rank part, see `AdaLNLoRA`.
         num_classes: Classes; 0 for none.
         text_dim: Width of the text's vectors; 0 for none.
+        byte_tokens: Longest text, in bytes, of an encoder that is trained along, `text_encoder`; 0 for vectors from
+            elsewhere.
         joint_images: Whether batches hold stacks of images besides videos; cross-attention is inside frames then.
         has_past: Whether known frames come as more channels.
         has_low_res: Whether a low-resolution latent comes as more channels, with a level of noise.
         qk_norm: Whether queries and keys are normalised.
+        full_attention: Whether all layers attend to the whole clip instead of windows: what the paper compares with in
+            table 3b. Not for images.
 
     Raises:
         ValueError: If patches or windows do not divide the latents.
@@ -338,10 +344,12 @@ class WALT(nn.Module):
         lora_on_first: bool = True,
         num_classes: int = 0,
         text_dim: int = 0,
+        byte_tokens: int = 0,
         joint_images: bool = False,
         has_past: bool = False,
         has_low_res: bool = False,
         qk_norm: bool = True,
+        full_attention: bool = False,
     ) -> None:
         super().__init__()
         t, height, width = latent_shape
@@ -358,6 +366,13 @@ class WALT(nn.Module):
         rows, columns = spatial_window or (h, w)
         st_rows, st_columns = spatiotemporal_window or (h // 2 if h % 2 == 0 else h, w // 2 if w % 2 == 0 else w)
         windows: tuple[Window, Window] = ((1, rows, columns), (t, st_rows, st_columns))
+        if full_attention:
+            if joint_images or spatial_window or spatiotemporal_window:
+                raise ValueError(
+                    "full_attention knows neither windows nor stacks of images: leave --model.spatial_window, "
+                    "--model.spatiotemporal_window and --model.joint_images alone."
+                )
+            windows = ((t, h, w), (t, h, w))
         self.grid: Window = (t, h, w)
         self.num_tokens = t * h * w
         self.latent_dim = latent_dim
@@ -371,6 +386,7 @@ class WALT(nn.Module):
         self.temporal_positions = nn.Parameter(torch.empty(t, dim))
         self.time_embedder = TimeEmbedder(dim)
         self.class_embedding = nn.Embedding(num_classes + 1, dim) if num_classes else None  # the last one is "none"
+        self.text_encoder = ByteTextEncoder(text_dim, byte_tokens) if byte_tokens else None
         self.text_projection = nn.Linear(text_dim, dim) if text_dim else None
         self.low_res_upsampler = nn.Conv2d(latent_dim, 4 * latent_dim, 3, padding=1) if has_low_res else None
         self.low_res_time_embedder = TimeEmbedder(dim) if has_low_res else None
@@ -516,7 +532,16 @@ def resized_state(source: WALT, target: WALT) -> dict[str, Tensor]:
     """Weights of a network for one of another frame: what W.A.L.T fine-tunes 9:16 videos from.
 
     Absolute and relative positions are interpolated in space; how is our choice. Time must be the same.
+
+    Raises:
+        ValueError: If the networks have different depths or numbers of frames.
     """
+    ours, theirs = (len(source.layers), source.grid[0]), (len(target.layers), target.grid[0])
+    if ours != theirs:
+        raise ValueError(
+            f"Positions are interpolated in space alone: from {ours[0]} layers and {ours[1]} latent frames to as many, "
+            f"not to {theirs[0]} and {theirs[1]}."
+        )
     state = dict(source.state_dict())
     state["spatial_positions"] = resized_plane(state["spatial_positions"], target.grid[1:])
     for i, (old, new) in enumerate(zip(source.layers, target.layers, strict=True)):

@@ -1,7 +1,5 @@
 """W.A.L.T's experiments: published sizes, a falling loss at toy size, and the commands on a run of theirs."""
 
-import contextlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_experiments import EVERY_RUN, read_video, write_experiment
 
-import datamodules
 from experiments.cli import ROOT, main
 from lightning_modules import WALTModule
 
@@ -20,16 +17,21 @@ FILES = {file.stem: file for file in sorted((ROOT / "experiments").glob("*walt*.
 FILES = {name: file for name, file in FILES.items() if "tokenizer" not in name}
 
 
-def resolved(name: str) -> dict[str, Any]:
-    """What `longtake fit --print_config` prints; skips where this installation lacks the experiment's data module."""
-    needs = yaml.safe_load(FILES[name].read_text()).get("data", {}).get("class_path")
-    if needs and not hasattr(datamodules, needs):
-        pytest.skip(f"there is no {needs}")
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_info:
-        main(["fit", f"--config={FILES[name]}", "--print_config"])
-    assert exit_info.value.code == 0
-    return yaml.safe_load(out.getvalue())
+def merged(into: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    for key, value in more.items():
+        into[key] = merged(into[key], value) if isinstance(value, dict) and isinstance(into.get(key), dict) else value
+    return into
+
+
+def content(name: str) -> dict[str, Any]:
+    """An experiment with what it inherits; read from the files alone, since not every data module is installed."""
+    files = [FILES[name]]
+    while base := yaml.safe_load(files[0].read_text()).get("base"):
+        files.insert(0, files[0].parent / base)
+    whole: dict[str, Any] = {}
+    for file in files:
+        merged(whole, yaml.safe_load(file.read_text()))
+    return whole
 
 
 def curve(run_folder: Path, name: str) -> list[float]:
@@ -39,42 +41,92 @@ def curve(run_folder: Path, name: str) -> list[float]:
 
 
 def test_all_experiments_are_found() -> None:
-    assert FILES.keys() == {"demo_walt", "walt_imagenet256", "walt_l_k600", "walt_l_ucf101", "walt_xl_ucf101"}
+    assert FILES.keys() == {
+        "demo_walt",
+        "demo_walt_sr",
+        "walt_3b_text",
+        "walt_3b_text_9x16",
+        "walt_imagenet256",
+        "walt_l_k600",
+        "walt_l_text",
+        "walt_l_ucf101",
+        "walt_text_2x",
+        "walt_text_4x",
+        "walt_xl_ucf101",
+    }
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "reported"),
+    ("name", "parameters", "reported", "tokens"),
     [
-        ("walt_l_ucf101", 313_238_408, 313e6),
-        ("walt_xl_ucf101", 460_019_080, 460e6),
-        ("walt_l_k600", 313_143_176, 313e6),
-        ("walt_imagenet256", 459_815_304, 460e6),
+        ("walt_l_ucf101", 313_238_408, 313e6, 1280),
+        ("walt_xl_ucf101", 460_019_080, 460e6, 1280),
+        ("walt_l_k600", 313_143_176, 313e6, 1280),
+        ("walt_imagenet256", 459_815_304, 460e6, 1024),
+        ("walt_l_text", 419_302_280, 419e6, 1280),
+        ("walt_3b_text", 3_101_118_024, 3.09e9, 1280),
+        ("walt_3b_text_9x16", 3_102_445_512, 3.09e9, 2240),
+        ("walt_text_2x", 1_302_582_464, 1.3e9, 2240),
+        ("walt_text_4x", 421_758_496, 419e6, 2240),
     ],
 )
-def test_network_has_the_published_size(name: str, parameters: int, reported: float) -> None:
-    """Built from the files alone, so that it is tested without their data modules too."""
-    config: dict[str, Any] = {"model": {}, "data": {}}
-    files = [FILES[name]]
-    while base := yaml.safe_load(files[0].read_text()).get("base"):
-        files.insert(0, files[0].parent / base)
-    for file in files:
-        for section in config:
-            config[section] |= (yaml.safe_load(file.read_text()).get(section) or {}).get("init_args") or {}
+def test_network_has_the_published_size(name: str, parameters: int, reported: float, tokens: int) -> None:
+    config = content(name)
+    data = config["data"]["init_args"]
     with torch.device("meta"):
-        module = WALTModule(**config["model"], **{key: config["data"][key] for key in ("num_frames", "resolution")})
+        module = WALTModule(
+            **config["model"]["init_args"], num_frames=data["num_frames"], resolution=data["resolution"]
+        )
     count = sum(parameter.numel() for parameter in module.parameters())
     assert count == parameters
+    assert f"{parameters:,}" in FILES[name].read_text() or name.endswith("9x16")
     assert count == pytest.approx(reported, rel=0.01)
+    assert module.network.num_tokens == tokens
+    windows = {(1, 16, 28), (5, 8, 14)} if tokens == 2240 else {(1, 16, 16), (5, 8, 8)}
+    if name != "walt_imagenet256":
+        assert {layer.window for layer in module.network.layers} == windows
 
 
-TOY_DATA = {"resolution": 32, "batch_size": 4, "num_train": 64, "num_val": 4, "texture": 0.0, "num_workers": 0}
+@pytest.mark.parametrize(
+    ("name", "steps", "batch", "optimizer", "lr", "schedule", "decay"),
+    [
+        ("walt_imagenet256", 437_000, 1024, "adamw", 5e-4, "cosine", True),
+        ("walt_xl_ucf101", 60_000, 256, "adamw", 5e-4, "cosine", True),
+        ("walt_l_k600", 270_000, 512, "adamw", 5e-4, "cosine", True),
+        ("walt_l_text", 550_000, 512, "adafactor", 2e-4, "cosine", False),
+        ("walt_3b_text", 550_000, 512, "adafactor", 2e-4, "cosine", False),
+        ("walt_text_2x", 675_000, 512, "adafactor", 5e-4, "cosine", False),
+        ("walt_text_4x", 275_000, 512, "adafactor", 5e-4, "cosine", False),
+        ("walt_3b_text_9x16", 250_000, 512, "adafactor", 5e-5, "constant", False),
+    ],
+)
+def test_training_has_the_published_numbers(
+    name: str, steps: int, batch: int, optimizer: str, lr: float, schedule: str, decay: bool
+) -> None:
+    """Tables 6 and 8; self-conditioning and rank are the module's defaults."""
+    config = content(name)
+    model = config["model"]["init_args"]
+    assert config["trainer"]["max_steps"] == steps
+    assert batch % config["data"]["init_args"]["batch_size"] == 0
+    assert (model.get("optimizer", "adamw"), model["lr"], model.get("lr_schedule", "cosine")) == (
+        optimizer,
+        lr,
+        schedule,
+    )
+    assert ("ema" in config) == decay
+    assert model.get("adaln_rank", 2) == (None if name == "walt_imagenet256" else 2)
+    assert "self_conditioning" not in model
+
+
+TOY_DATA = {"resolution": 32, "batch_size": 4, "num_train": 64, "num_val": 16, "texture": 0.0}
 TOY_MODEL = {
     "latent_dim": 12,
     "depth": 2,
     "dim": 32,
     "num_heads": 4,
+    "mlp_dim": 64,
     "spatiotemporal_window": [2, 2],
-    "lr": 5e-3,
+    "lr": 3e-3,  # so that the first step does not do it all
     "warmup_steps": 0,
     "statistics_clips": 16,
     "downsample": [4, 8, 8],
@@ -82,31 +134,59 @@ TOY_MODEL = {
 }
 
 
+def toy_size(name: str, tokenizer: Path) -> dict[str, Any]:
+    """What makes an experiment run on the embedded shapes, with everything else as it is."""
+    config = content(name)
+    data, model = config["data"], config["model"]["init_args"]
+    wide = {"width": 64} if "width" in model else {}
+    frames = min(data["init_args"]["num_frames"], 9)
+    shapes = {
+        "class_path": "wide_shapes.WideShapesDataModule" if wide else "MovingShapesDataModule",
+        "init_args": {**TOY_DATA, **wide, "num_frames": frames, "captions": "text" in model},
+    }
+    if data["class_path"] == "MixedDataModule":
+        stills = {**shapes["init_args"], "num_frames": 1, "stills": True}
+        parts = {"videos": shapes, "images": {**shapes, "init_args": stills}}
+        mixed = {"num_frames": frames, "images_per_stack": 3, "resolution": 32, "batch_size": 4, "num_workers": 0}
+        shapes = {"class_path": "MixedDataModule", "init_args": {**mixed, **parts}}
+    changes = {**TOY_MODEL, **wide, "tokenizer": str(tokenizer)}
+    if "text" in model:
+        changes |= {"text": "bytes", "text_dim": 32, "text_tokens": 24, "sampling": {"num_steps": 2}}
+    if "low_res_tokenizer" in model:
+        changes |= {"low_res_tokenizer": str(tokenizer), "patch_size": 2, "spatiotemporal_window": [1, 2]}
+    trainer = {**EVERY_RUN["trainer"], "max_steps": 20, "val_check_interval": 1, "strategy": "auto"}
+    return {
+        "data": shapes,
+        "model": {"init_args": changes},
+        "trainer": trainer | {"precision": "32-true", "limit_val_batches": 1, "callbacks": None},
+        "checkpoint": {"every_n_train_steps": 20},
+        "samples": {"every_n_steps": 0, "at_validation": False, "num_videos": 1},
+        "ema": {"decay": 0.0},  # of 20 steps, an average would remember the beginning alone
+    }
+
+
+def train(name: str, toy: dict[str, Any]) -> Path:
+    Path("toy.yaml").write_text(yaml.safe_dump(toy))
+    main(["fit", f"--config={FILES[name]}", "--config=toy.yaml"])
+    return Path("runs") / name / "version_0"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_experiment_learns_at_toy_size(
     name: str, continuous_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = resolved(name)
     monkeypatch.chdir(tmp_path)
-    frames = min(config["data"]["init_args"]["num_frames"], 9)
-    toy = {
-        "data": {"class_path": "MovingShapesDataModule", "init_args": {**TOY_DATA, "num_frames": frames}},
-        "model": {"init_args": {**TOY_MODEL, "tokenizer": str(continuous_tokenizer)}},
-        "trainer": {**EVERY_RUN["trainer"], "max_steps": 120, "val_check_interval": 5, "strategy": "auto"},
-        "checkpoint": {"every_n_train_steps": 120},
-        "samples": {"every_n_steps": 120, "at_validation": False, "num_videos": 1},
-        "ema": {"decay": 0.0},  # of 120 steps, the published average would remember the beginning alone
-    }
-    toy["trainer"] |= {"precision": "32-true", "limit_val_batches": 1}
-    Path("toy.yaml").write_text(yaml.safe_dump(toy))
-    main(["fit", f"--config={FILES[name]}", "--config=toy.yaml"])
-    run = tmp_path / "runs" / name / "version_0"
+    toy = toy_size(name, continuous_tokenizer)
+    if "init_from" in content(name)["model"]["init_args"]:
+        run = train("walt_3b_text", toy_size("walt_3b_text", continuous_tokenizer))
+        toy["model"]["init_args"]["init_from"] = str(run / "checkpoints/last.ckpt")
+    run = train(name, toy)
     losses = curve(run, "train/loss")
-    assert len(losses) == 120
-    assert losses[0] == pytest.approx(1, abs=0.4)  # the untrained network predicts nothing
+    assert len(losses) == 20
+    if "init_from" not in toy["model"]["init_args"]:
+        assert losses[0] == pytest.approx(1, abs=0.4)  # the untrained network predicts nothing
     validation = curve(run, "val/loss")  # the same noise each time, unlike training's
-    assert validation[-1] < 0.97 * validation[0], validation
-    assert list((run / "samples").glob("*.mp4"))
+    assert min(validation[-3:]) < 0.99 * validation[0], validation
 
 
 # The commands
@@ -156,4 +236,30 @@ def test_a_clip_length_that_does_not_fit_is_one_message(walt: Path) -> None:
 
 def test_guidance_without_condition_dropout_is_one_message(walt: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale=2.0 needs a model without condition"):
-        main(["fit", "--config=walt.yaml", "--model.sampling.guidance_scale=2", "--model.label_dropout=0"])
+        main(["fit", "--config=walt.yaml", "--model.sampling.guidance_scale=2", "--model.condition_dropout=0"])
+
+
+def test_one_command_runs_a_cascade_from_checkpoints(
+    continuous_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = []
+    for name, resolution in (("demo_walt", 32), ("demo_walt_sr", 64)):
+        toy = toy_size(name, continuous_tokenizer)
+        toy["trainer"] |= {"max_steps": 2, "limit_val_batches": 0}
+        toy["data"]["init_args"]["resolution"] = resolution
+        checkpoints.append(str(train(name, toy) / "checkpoints/last.ckpt"))
+    command = ["cascade", *checkpoints, "--num_samples=3", "--batch_size=2", "--num_frames=13", "--first_seed=4"]
+    main([*command, "--out=made", "--label=3"])
+    assert [read_video(tmp_path / f"made/seed=00000{seed}.mp4").shape for seed in (4, 5, 6)] == [(13, 64, 64, 3)] * 3
+    assert {path.name for path in Path("made").glob("*.png")} == {"stage_0.png", "stage_1.png"}
+    assert json.loads(Path("made/samples.json").read_text())["checkpoints"] == checkpoints
+    for arguments, message in (
+        (checkpoints[:1], "at least one super-resolution stage: give two checkpoints"),
+        (checkpoints[::-1], "is a super-resolution stage: give the base model first"),
+        ([*checkpoints, "--tokenizers", "one"], "2 checkpoints have as many tokenizers, not 1"),
+        ([*checkpoints, "--text=a cat"], "No stage reads text"),
+        ([*checkpoints, "--label=12"], "this model has 12 classes, from 0 on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(["cascade", *arguments, "--out=made"])

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datamodules import MovingShapesDataModule
+from experiments.cascade import cascade, check_stages
 from lightning_modules import WALTModule, generator
 from lightning_modules.generator import Condition
+from lightning_modules.walt import WALTCondition
 from models.priors.diffusion import DiffusionSampling, min_snr_weight
 from models.random import keyed_generator
 
@@ -109,7 +111,8 @@ def test_a_tokenizer_that_is_not_causal_is_refused(make: Make, monkeypatch: pyte
         return tokenizer
 
     monkeypatch.setattr(generator, "load_tokenizer", not_causal)
-    with pytest.raises(ValueError, match=r"makes \(2, 4, 4\) latents of 9 frames.*it is not causal"):
+    message = r"makes \(2, 4, 4\) latents of 9 frames, the model expects \(3, 4, 4\): one of the two is causal"
+    with pytest.raises(ValueError, match=message):
         module.load_tokenizer()
 
 
@@ -123,7 +126,7 @@ def test_a_clip_that_is_not_one_plus_four_k_frames_is_refused(make: Make, frames
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_dropout": 0.0}, "trained with its label alone; set --model.label_dropout above 0"),
+        ({"condition_dropout": 0.0}, "trained with its label alone; set --model.condition_dropout above 0"),
         ({"frame_prediction": 1.0}, "always given its first frames; set --model.frame_prediction below 1"),
         ({"num_classes": 0}, "has no condition to guide by"),
     ],
@@ -140,7 +143,7 @@ def test_guidance_without_dropped_conditions_in_training_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_dropout": 1.5}, r"label_dropout=1.5 is a share"),
+        ({"condition_dropout": 1.5}, r"condition_dropout=1.5 is a share"),
         ({"frame_prediction": 0.5, "past_latents": (3,)}, r"past_latents=\(3,\): a clip of 3 latent frames"),
         ({"frame_prediction": 0.5, "past_latents": ()}, r"how many latent frames are given"),
         ({"process": "rectified_flow", "min_snr": 5.0}, r"min_snr weighs the levels of process=diffusion alone"),
@@ -265,7 +268,7 @@ def test_self_conditioning_is_decided_for_all_ranks_at_once_and_as_often_as_aske
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, [0, 1, 2, 3]), (1.0, [5, 5, 5, 5])])
 def test_labels_are_dropped_as_often_as_asked(make: Make, share: float, expected: list[int]) -> None:
-    module = make(label_dropout=share)
+    module = make(condition_dropout=share)
     seen = calls(module)
     module.training_step(random_batch(4), 0)
     assert all(call["label"].tolist() == expected for call in seen)
@@ -299,7 +302,7 @@ def test_frames_are_given_as_often_and_as_many_as_asked(make: Make) -> None:
 
 
 def test_images_and_videos_train_together_each_with_its_labels(make: Make) -> None:
-    module = make(joint_images=True, label_dropout=0.0)
+    module = make(joint_images=True, condition_dropout=0.0)
     seen = calls(module)
     is_image = torch.tensor([True, False])
     labels = torch.tensor([[4, 2, 0], [1, 1, 1]])
@@ -425,7 +428,7 @@ def test_missing_labels_are_drawn_from_the_seeds(make: Make) -> None:
 def test_guidance_asks_the_network_without_its_conditions(make: Make) -> None:
     module = make(frame_prediction=0.5, sampling=DiffusionSampling(num_steps=2, guidance_scale=3.0))
     seen = calls(module)
-    module.generate(Condition(torch.tensor([1]), random_video(1, 5)), 9, torch.tensor([5]))
+    module.generate(Condition(torch.tensor([1]), past=random_video(1, 5)), 9, torch.tensor([5]))
     assert ["label" in call for call in seen] == [True, False, True, False]
     assert ["past" in call for call in seen] == [True, False, True, False]
     assert torch.equal(seen[2]["estimate"], seen[3]["estimate"])  # both see the guided estimate
@@ -448,7 +451,7 @@ def test_long_videos_go_on_from_their_last_five_frames(make: Make, monkeypatch: 
     truth = random_video(2, 9 + 3 * 4)
     pasts = []
 
-    def oracle(seeds: Tensor, label: Tensor, past: Tensor | None, sampling: Any, part: int = 0) -> Tensor:
+    def oracle(seeds: Tensor, given: Any, past: Tensor | None, low_res: Any, sampling: Any, part: int) -> Tensor:
         pasts.append(past)
         return module.normalised(module.encode_latents(truth[:, :, 4 * part : 4 * part + 9]))
 
@@ -512,6 +515,233 @@ def test_callbacks_see_samples_with_the_conditions_of_the_batch(make: Make, cach
     assert torch.allclose(seen[0]["past"], past, atol=1e-5)
 
 
+# Text
+
+
+TEXT = {"text": "bytes", "text_dim": 32, "text_tokens": 16, "num_classes": 0}
+
+
+def test_texts_reach_the_network_and_their_encoder_learns(make: Make) -> None:
+    module = make(**TEXT, condition_dropout=0.0)
+    seen = calls(module)
+    module.training_step(random_batch(text=["a cat", "rain"]), 0).backward()
+    vectors, mask = module.network.text_encoder(["a cat", "rain"])
+    assert torch.allclose(seen[-1]["text"], vectors)
+    assert torch.equal(seen[-1]["text_mask"], mask)
+    assert module.network.text_encoder.embedding.weight.grad.any()
+    optimized = {id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
+    assert {id(parameter) for parameter in module.network.text_encoder.parameters()} <= optimized
+
+
+def test_a_dropped_text_has_no_token(make: Make) -> None:
+    module = make(**TEXT, condition_dropout=1.0)
+    seen = calls(module)
+    losses = [module.training_step(random_batch(text=texts), 0) for texts in (["a cat", "rain"], ["snow", "a dog"])]
+    assert not seen[-1]["text_mask"].any()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    assert make(**TEXT, condition_dropout=0.0).training_step(random_batch(text=["a cat", "rain"]), 0) != losses[0]
+
+
+def test_images_have_their_captions_and_videos_theirs_for_all_frames(make: Make) -> None:
+    module = make(**TEXT, joint_images=True, condition_dropout=0.0)
+    seen = calls(module)
+    texts = [["one", "two", "three"], ["four"] * 3]
+    module.training_step(
+        random_batch(is_image=torch.tensor([True, False]), text=["one", "four"], frame_text=texts), 0
+    ).backward()
+    for row, frame in ((0, 1), (1, 2)):
+        vectors, _ = module.network.text_encoder([texts[row][frame]])
+        found = seen[-1]["text"][row, frame][seen[-1]["text_mask"][row, frame]]
+        assert torch.allclose(found, vectors[0], atol=1e-5)
+
+
+def test_a_prompt_is_weighed_by_guidance_against_no_text(make: Make) -> None:
+    module = make(**TEXT, sampling=DiffusionSampling(num_steps=1, guidance_scale=3.0))
+    seen = calls(module)
+    video = module.generate(WALTCondition(text=["a cat"]), 9, torch.tensor([5]))
+    assert [bool(call["text_mask"].any()) for call in seen] == [True, False]
+    assert not torch.equal(module.generate(WALTCondition(text=["a dog"]), 9, torch.tensor([5])), video)
+    assert torch.equal(
+        module.sample_videos(random_batch(text=["a cat", "rain"]), torch.tensor([5, 6]))[0].argmax(), video[0].argmax()
+    )
+
+
+def test_missing_and_needless_texts_are_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"reads text, and the batches hold none: give data with captions"):
+        make(**TEXT).training_step(random_batch(), 0)
+    with pytest.raises(ValueError, match=r"reads text: give a prompt \(--text\)"):
+        make(**TEXT).generate(Condition(), 9, torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"reads no text: generate it without a prompt"):
+        make().generate(WALTCondition(text=["a cat"]), 9, torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"was trained with its text alone; set --model.condition_dropout above 0"):
+        make(**TEXT, condition_dropout=0.0, sampling=DiffusionSampling(guidance_scale=2.0))
+
+
+# Super-resolution
+
+
+@pytest.fixture
+def enlarger(make: Make, continuous_tokenizer: Path) -> Make:
+    """Toy stages that enlarge 16 x 16 pixels to 32 x 32."""
+
+    def build(**changes: Any) -> WALTModule:
+        module = make(low_res_tokenizer=str(continuous_tokenizer), **changes)
+        module.low_res_mean.fill_(0.2)
+        module.low_res_std.fill_(0.4)
+        return module
+
+    return build
+
+
+def test_a_stage_is_given_the_clip_at_half_its_size_with_noise(enlarger: Make) -> None:
+    module, batch = enlarger(low_res_max_time=0.0), random_batch()
+    seen = calls(module)
+    loss = module.training_step(batch, 0)
+    small = torch.nn.functional.avg_pool3d(batch["video"], (1, 2, 2))
+    clean = (module.tokenizer.encode(small).latents - 0.2) / 0.4
+    assert seen[-1]["low_res_times"].tolist() == [0, 0]
+    assert seen[-1]["low_res"].shape == (2, 12, 3, 2, 2)
+    assert (seen[-1]["low_res"] - clean).abs().max() < 0.05  # at time 0 there is 0.01 of noise
+    assert module.training_step(batch | {"low_res": small}, 0) == loss
+    assert module.training_step(batch | {"low_res": -small}, 0) != loss
+
+
+def test_the_noise_of_the_low_resolution_is_as_strong_as_asked(enlarger: Make) -> None:
+    module = enlarger(low_res_max_time=300.0, self_conditioning=0.0)
+    seen = calls(module)
+    for step in range(20):
+        attach(module, step=step).training_step(random_batch(), 0)
+    times = torch.stack([call["low_res_times"] for call in seen])
+    assert times.min() < 60
+    assert 240 < times.max() <= 300
+    seen.clear()
+    sampling = DiffusionSampling(num_steps=2, low_res_time=100.0, guidance_scale=2.0)
+    low_res = random_video(1)[..., ::2, ::2]
+    module.generate(WALTCondition(low_res=low_res), 9, torch.tensor([4]), sampling)
+    assert len(seen) == 4
+    assert all(call["low_res_times"].tolist() == [100] for call in seen)
+    assert all(torch.equal(call["low_res"], seen[0]["low_res"]) for call in seen)  # the unconditional ones too
+    assert ["label" in call for call in seen] == [True, False, True, False]
+
+
+def test_a_stage_depends_on_what_it_enlarges_and_on_its_seed_alone(enlarger: Make) -> None:
+    module, seeds = enlarger(), torch.tensor([4, 5])
+    low_res = random_video()[..., ::2, ::2]
+    label = torch.tensor([1, 2])
+    video = module.generate(WALTCondition(label, low_res=low_res), 9, seeds)
+    assert video.shape == (2, 3, 9, 32, 32)
+    alone = module.generate(WALTCondition(label[1:], low_res=low_res[1:]), 9, seeds[1:])
+    assert torch.allclose(alone, video[1:], atol=1e-4)
+    other = module.generate(WALTCondition(label, low_res=-low_res), 9, seeds)
+    assert not torch.allclose(other, video, atol=1e-2)
+
+
+def test_validation_gives_the_low_resolution_with_the_noise_of_sampling(enlarger: Make) -> None:
+    module = enlarger()
+    seen = calls(module)
+    module.validation_step(random_batch(), 0)
+    assert all(call["low_res_times"].tolist() == [100, 100] for call in seen)
+
+
+def test_a_cascade_hands_on_latents_and_its_extensions_go_on(make: Make, enlarger: Make) -> None:
+    base = make(frame_prediction=0.5, resolution=16)
+    for stage, more in ((enlarger(), set()), (enlarger(frame_prediction=0.5), {"past"})):
+        stage.low_res_digest = base.tokenizer_digest
+        check_stages([base, stage], ["base", "2x"])
+        seen = calls(stage)
+        small, large = cascade([base, stage], 13, torch.tensor([7]), torch.tensor([3]))
+        assert [clip.shape for clip in small] == [(1, 12, 3, 2, 2)] * 2
+        assert stage.joined(large).shape == (1, 3, 13, 32, 32)
+        clean = [(clip - 0.2) / 0.4 for clip in small]
+        signal = stage.process.levels(torch.tensor(100.0))[0]
+        for call, part in ((seen[0], 0), (seen[3], 1)):
+            assert (call["low_res"] - signal * clean[part]).std() == pytest.approx(0.32, abs=0.1)  # the noise is left
+        assert more <= seen[3].keys()
+
+
+def test_stages_that_do_not_fit_are_refused(make: Make, enlarger: Make) -> None:
+    base, stage = make(resolution=16), enlarger()
+    for stages, message in (
+        ([stage, stage], "a is a super-resolution stage: give the base model first"),
+        ([base, make()], "b is no super-resolution stage"),
+        ([make(), stage], r"b enlarges \(3, 2, 2\) latents of 9 frames, the stage before makes \(3, 4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_stages(stages, ["a", "b"])
+    stage.low_res_digest = "another"
+    with pytest.raises(ValueError, match="was trained to enlarge what another tokenizer makes"):
+        check_stages([base, stage], ["a", "b"])
+    with pytest.raises(ValueError, match="`longtake cascade` runs the stages"):
+        stage.generate(Condition(), 9, torch.tensor([1]))
+    with pytest.raises(ValueError, match="enlarges nothing"):
+        base.generate(WALTCondition(low_res=random_video()), 9, torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"enlarges 1 clips of \(3, 2, 2\) latents to so many frames, and got 2"):
+        stage.generate_clips(Condition(), 9, torch.tensor([1]), low_res=[torch.zeros(1, 12, 3, 2, 2)] * 2)
+    with pytest.raises(ValueError, match="trains from pixels"):
+        stage.training_step({"latents": torch.zeros(1, 12, 3, 4, 4), "label": torch.tensor([0])}, 0)
+
+
+def test_a_low_res_tokenizer_that_does_not_fit_is_refused(make: Make, tokenizer_bundle: Path) -> None:
+    with pytest.raises(ValueError, match=r"makes no continuous latents .* 16 x 16 pixels, and this stage doubles"):
+        make(low_res_tokenizer=str(tokenizer_bundle))
+    with pytest.raises(FileNotFoundError, match=r"--model\.low_res_tokenizer"):
+        make(low_res_tokenizer="nowhere")
+
+
+# Other shapes
+
+
+def test_a_wide_model_trains_and_samples_and_refuses_squares(make: Make) -> None:
+    module = make(width=64)
+    wide = random_batch()
+    wide["video"] = torch.cat([wide["video"]] * 2, dim=4)
+    assert module.training_step(wide, 0).isfinite()
+    assert module.generate(Condition(), 9, torch.tensor([1])).shape == (1, 3, 9, 32, 64)
+    with pytest.raises(ValueError, match=r"has \(3, 4, 4\) latents, the model expects \(3, 4, 8\): .* 32 x 64 pixels"):
+        module.training_step(random_batch(), 0)
+    with pytest.raises(ValueError, match=r"width=60 is no multiple of the tokenizer's 8 \(--model.width\)"):
+        make(width=60)
+
+
+def test_adafactor_moves_gates_that_begin_at_zero(continuous_tokenizer: Path) -> None:
+    module = WALTModule(str(continuous_tokenizer), **TOY, optimizer="adafactor", lr=1e-2, warmup_steps=0)
+    module.load_tokenizer()
+    module.latent_std.fill_(0.5)
+    optimizer = attach(module).configure_optimizers()["optimizer"]
+    for step in range(2):
+        attach(module, step=step).training_step(random_batch(), 0).backward()
+        optimizer.step()
+    assert module.network.head.weight.abs().max() > 1e-3  # scaled by the weights' size, it would be 1e-5
+
+
+# Tasks of the command `sample`
+
+
+def test_tasks_and_labels_are_those_of_the_training(make: Make) -> None:
+    module = make(frame_prediction=0.5)
+    assert module.checked_task(None, 4) is None
+    assert not module.needs_clips(None)
+    assert module.needs_clips(module.checked_task("image_to_video"))
+    assert make(frame_prediction=1.0, past_latents=(2,)).checked_task(None) == "frame_prediction"
+    for changes, arguments, message in (
+        ({}, ("frame_prediction",), r"task=frame_prediction is none of this model's \(--task\): it has none"),
+        ({"frame_prediction": 0.5, "past_latents": (2,)}, ("image_to_video",), "this model's .*: frame_prediction"),
+        ({}, (None, 5), r"label=5: this model has 5 classes, from 0 on \(--label\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**changes).checked_task(*arguments)
+
+
+@pytest.mark.parametrize(("task", "known"), [("image_to_video", 1), ("frame_prediction", 2)])
+def test_sampling_goes_on_from_the_first_frames_of_a_clip(make: Make, task: str, known: int) -> None:
+    module, batch = make(frame_prediction=0.5), random_batch()
+    seen = calls(module)
+    out = module.predict_step(batch | {"seeds": torch.tensor([3, 4]), "num_frames": 9, "task": task}, 0)
+    expected = module.past_channels(module.batch_latents(batch), torch.full((2,), known))
+    assert torch.allclose(seen[0]["past"], expected, atol=1e-5)
+    assert out["video"].shape == (2, 3, 9, 32, 32)
+
+
 # A fit
 
 
@@ -570,3 +800,35 @@ def test_a_checkpoint_made_without_the_command_line_is_plain_and_loads(
     assert (loaded.sampling.num_steps, loaded.sampling.guidance_scale) == (2, 2.0)
     seeds = torch.tensor([2])
     assert torch.equal(loaded.generate(Condition(), 9, seeds), module.generate(Condition(), 9, seeds))
+
+
+def test_statistics_of_cached_latents_are_those_of_the_cache(make: Make) -> None:
+    module = make()
+    module.latent_std.zero_()
+    batch = {"latents": torch.zeros(1, 12, 3, 4, 4), "label": torch.tensor([0])}
+    cache = SimpleNamespace(
+        train_dataloader=lambda: [batch], latent_statistics=lambda: (torch.arange(12.0), torch.full((12,), 2.0))
+    )
+    module._trainer = SimpleNamespace(datamodule=cache, world_size=1)
+    module.on_fit_start()
+    assert module.latent_mean.tolist() == list(range(12))
+    assert module.latent_std.tolist() == [2.0] * 12
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_wide_model_starts_from_a_square_one(continuous_tokenizer: Path, tmp_path: Path) -> None:
+    settings = TOY | {"num_classes": 12, "statistics_clips": 4}
+    square = WALTModule(str(continuous_tokenizer), **settings)
+    fit(square, 3, tmp_path / "square")
+    file = tmp_path / "square/step=3.ckpt"
+    wide = WALTModule(str(continuous_tokenizer), **settings, width=64)
+    wide.load_tokenizer()
+    wide.start_from(file)
+    assert torch.equal(wide.latent_std, square.latent_std)
+    weights = [m.network.layers[0].mlp[0].weight for m in (wide, square)]
+    assert torch.equal(*weights)
+    ends = [m.network.spatial_positions[:, [0, -1]] for m in (wide, square)]
+    assert torch.allclose(*ends, atol=1e-6)
+    wide.tokenizer_digest = "another"
+    with pytest.raises(ValueError, match=r"was not trained on the tokenizer .*--model.init_from"):
+        wide.start_from(file)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.benchmarks.walt import saved_megabytes
 from models.priors.walt import (
     WALT,
     WALT_SIZES,
@@ -203,7 +205,7 @@ def test_a_mixed_batch_is_its_two_parts() -> None:
 
 def one_frame(network: WALT) -> WALT:
     """The same weights as a model of images."""
-    image_model = make(latent_shape=(1, 8, 8), num_classes=network.num_classes)
+    image_model = make(latent_shape=(1, 8, 8), num_classes=network.num_classes, text_dim=6, joint_images=True)
     state = {name: tensor for name, tensor in network.state_dict().items() if "relative_bias" not in name}
     state["temporal_positions"] = state["temporal_positions"][:1]
     image_model.load_state_dict(state, strict=False)
@@ -214,17 +216,20 @@ def one_frame(network: WALT) -> WALT:
 
 
 def test_a_stack_of_images_is_its_images_one_by_one() -> None:
-    network = make(num_classes=3)
+    network = make(num_classes=3, text_dim=6, joint_images=True)
     noisy, times = randn(1, 4, 5, 8, 8), torch.tensor([[0.0, 100.0, 500.0, 900.0, 999.0]])
-    labels = torch.tensor([[0, 2, 1, 0, 3]])
-    stack = network(noisy, times, label=labels, is_image=IMAGE[:1])
+    labels, text = torch.tensor([[0, 2, 1, 0, 3]]), randn(1, 5, 7, 6)
+    mask = torch.arange(7) < torch.tensor([[[7], [1], [0], [3], [4]]])
+    stack = network(noisy, times, label=labels, text=text, text_mask=mask, is_image=IMAGE[:1])
     image_model = one_frame(network)
     frames = rearrange(noisy, "1 c t h w -> t c 1 h w")
-    alone = image_model(frames, times[0], label=labels[0])
+    alone = image_model(frames, times[0], label=labels[0], text=text[0], text_mask=mask[0])
     assert same(rearrange(stack, "1 c t h w -> t c 1 h w"), alone)
-    order = [3, 1, 4, 0, 2]
-    permuted = network(noisy[:, :, order], times[:, order], label=labels[:, order], is_image=IMAGE[:1])
-    assert same(permuted, stack[:, :, order])
+    i = [3, 1, 4, 0, 2]
+    permuted = network(
+        noisy[:, :, i], times[:, i], label=labels[:, i], text=text[:, i], text_mask=mask[:, i], is_image=IMAGE[:1]
+    )
+    assert same(permuted, stack[:, :, i])
 
 
 def test_frames_of_a_video_are_no_stack() -> None:
@@ -440,3 +445,30 @@ def test_weights_fit_a_wider_frame() -> None:
     assert same(target.spatial_positions[:, [0, -1]], source.spatial_positions[:, [0, -1]])
     again = resized_state(source, make())
     assert all(same(again[name], tensor) for name, tensor in source.state_dict().items())
+
+
+def test_other_depths_and_lengths_cannot_be_interpolated() -> None:
+    with pytest.raises(ValueError, match=r"from 4 layers and 5 latent frames to as many, not to 2 and 5"):
+        resized_state(make(), make(depth=2))
+
+
+# Windows against full attention
+
+
+def flops_of(network: WALT) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(randn(1, 4, 5, 8, 8), TIMES[:1])
+    return counter.get_total_flops()
+
+
+def test_windows_compute_and_keep_less_than_full_attention() -> None:
+    windows, full = make(), make(full_attention=True, spatiotemporal_window=None)
+    assert flops_of(windows) < flops_of(full)
+    noisy = randn(1, 4, 5, 8, 8)
+    assert saved_megabytes(windows, noisy, TIMES[:1]) < saved_megabytes(full, noisy, TIMES[:1])
+
+
+def test_full_attention_reaches_every_token_in_one_layer_and_refuses_images() -> None:
+    assert gradient_reach(make(full_attention=True, spatiotemporal_window=None), 1).all()
+    with pytest.raises(ValueError, match="full_attention knows neither windows nor stacks of images"):
+        make(full_attention=True)
