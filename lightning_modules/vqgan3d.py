@@ -22,7 +22,7 @@ from models.tokenizers.inflation import Inflation, inflate
 from models.tokenizers.losses import LPIPS, GANLoss, LeCam, discriminator_terms, generator_terms, pick_frames
 from models.tokenizers.quantizers import Encoded, code_counts, usage_statistics
 from models.tokenizers.timm_perceptual import TimmPerceptual
-from models.tokenizers.vqgan3d import VQGAN3D
+from models.tokenizers.vqgan3d import VQGAN3D, hold_images
 from models.weights import load_tokenizer, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,9 @@ class VQGAN3DModule(LightningModule):
     One pass over the tokenizer serves both optimizers: the discriminators judge the reconstruction that the generator
     is trained on. (The released code runs the tokenizer once more, which updates codebook and batch norm twice.)
     `global_step` counts the generator's steps.
+
+    A causal tokenizer may learn from images and videos at once: a row of a batch that `is_image` names counts as a
+    still video of its first frame, whatever is behind it (a mixed data module with `images_per_stack: 1`).
 
     Args:
         tokenizer: Encoder, quantizer and decoder.
@@ -370,12 +373,13 @@ class VQGAN3DModule(LightningModule):
         adversarial = bool(discriminator_optimizers) and self.global_step >= self.discriminator_start_step
         part = batch_idx % self.accumulate_grad_batches
         steps = part == self.accumulate_grad_batches - 1 or self.trainer.is_last_batch
-        pixels = self.tokenizer.to_native(self.tokenizer.reconstructed_frames(batch["video"]))
+        video, is_image = batch["video"], batch.get("is_image")
+        pixels = self.tokenizer.to_native(hold_images(self.tokenizer.reconstructed_frames(video), is_image))
         frames = self._draw_frames(pixels, part)
 
         with generator_optimizer.toggle_model(sync_grad=steps):
             draws = keyed_generator(self.seed, self.global_step, QUANTIZER_STREAM, part)
-            reconstruction, encoded = self.tokenizer(batch["video"], draws)
+            reconstruction, encoded = self.tokenizer(video, draws, is_image)
             terms = self.generator_losses(pixels, reconstruction, encoded, frames, adversarial)
             factors = self.step_factors(terms)
             loss = self.generator_loss(terms, factors)
@@ -443,8 +447,9 @@ class VQGAN3DModule(LightningModule):
         PSNR is of whole clips; SSIM (of frames of at least 11 x 11 pixels) and LPIPS (if its weights are there) are
         means over all frames.
         """
-        reconstruction, encoded = self.tokenizer(batch["video"])
-        video = self.tokenizer.reconstructed_frames(batch["video"])
+        is_image = batch.get("is_image")
+        reconstruction, encoded = self.tokenizer(batch["video"], is_image=is_image)
+        video = hold_images(self.tokenizer.reconstructed_frames(batch["video"]), is_image)
         pixels = self.tokenizer.to_native(video)
         middle = torch.full((len(video),), video.shape[2] // 2, device=video.device)
         terms = self.generator_losses(pixels, reconstruction, encoded, middle, adversarial=False)

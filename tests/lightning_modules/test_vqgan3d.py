@@ -512,6 +512,51 @@ def test_a_curriculum_batch_trains_on_the_video_it_holds() -> None:
     assert fit(toy_module(), 1, DataLoader([window], batch_size=None)).steps == [1]
 
 
+def mixed_batch(tail: float) -> dict[str, Any]:
+    """A video, and an image with something behind it."""
+    video = torch.rand(2, 3, 5, 8, 8, generator=keyed_generator(0)) * 2 - 1
+    video[1, :, 1:] = tail
+    return {"video": video, "is_image": torch.tensor([False, True])}
+
+
+def causal_module() -> VQGAN3DModule:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"base_channels": 2, "downsample": (2, 2, 2), "time_placement": "causal"}
+    tokenizer = VQGAN3D(TimeAgnosticEncoder(**options), VectorQuantizer(8, 3), TimeAgnosticDecoder(**options))
+    return toy_module(tokenizer, discriminator_start_step=0)
+
+
+def test_nothing_behind_an_image_counts() -> None:
+    """Neither in a loss or a statistic, nor in a gradient, the codebook or batch norm."""
+    runs = []
+    for tail in (-1.0, 0.7):
+        module = causal_module()
+        recorder = fit(module, 2, DataLoader([mixed_batch(tail)] * 2, batch_size=None))
+        scores = trainer().validate(module, DataLoader([mixed_batch(tail)], batch_size=None), verbose=False)
+        runs.append((recorder.logged, recorder.states, scores))
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][2] == runs[1][2]
+    assert equal(runs[0][1][-1], runs[1][1][-1])
+
+
+def test_an_image_counts_as_the_still_video_that_it_begins() -> None:
+    mixed, still = mixed_batch(-1.0), mixed_batch(-1.0)
+    still["video"][1] = still["video"][1, :, :1]
+    reconstruction, encoded = causal_module().tokenizer(mixed["video"], is_image=mixed["is_image"])
+    plain, _ = causal_module().tokenizer(still["video"])
+    assert torch.equal(reconstruction[1], reconstruction[1, :, :1].expand_as(reconstruction[1]))
+    assert torch.equal(encoded.codes[1], encoded.codes[1, :1].expand_as(encoded.codes[1]))
+    assert not torch.equal(reconstruction[0, :, 0], reconstruction[0, :, 1])
+    assert not torch.equal(plain[1], plain[1, :, :1].expand_as(plain[1]))  # it is not by chance that frames are equal
+
+
+def test_images_besides_videos_need_a_causal_tokenizer() -> None:
+    mixed = mixed_batch(0.0)
+    with pytest.raises(ValueError, match="TimeAgnosticEncoder is not causal"):
+        toy_module().tokenizer(mixed["video"][:, :, :4], is_image=mixed["is_image"])
+    toy_module().tokenizer(mixed["video"][:, :, :4], is_image=torch.tensor([False, False]))
+
+
 def test_float16_is_refused_before_training_starts() -> None:
     module = toy_module()
     # on the CPU, Lightning turns 16-mixed into bfloat16 before a module could see it
