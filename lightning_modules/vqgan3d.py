@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from models.blocks.distributed import sum_over_ranks, world_size
+from models.blocks.norm import SyncBatchNorm
 from models.metrics.frames import frame_ssim
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
@@ -55,8 +56,9 @@ class VQGAN3DModule(LightningModule):
             send to the decoder's last weight.
         feature_matching_weight: Weight of the distances between the discriminators' hidden maps.
         gan_loss: `hinge` as TATS released it, `vanilla` with the logarithms of its paper, or MAGVIT's `non_saturating`.
-        r1_weight: Weight of the squared gradient of the discriminators on real clips: 10 in MAGVIT. For discriminators
-            without batch norm.
+        r1_weight: Weight of the squared gradient of the discriminators on real clips: 10 in MAGVIT. Made for
+            discriminators without batch norm: with it, a clip's gradient is that of the logits of all ranks' clips, and
+            training on several GPUs does without torch's fused batch norm in the discriminators.
         lecam_weight: Weight of LeCam's regularisation of the discriminators: 0.001 in MAGVIT.
         discriminator_start_step: Steps of the generator before the discriminators begin; they are not run until then.
         discriminator_warmup_steps: Steps in which their weight in the tokenizer's loss then grows from 0.
@@ -169,6 +171,10 @@ class VQGAN3DModule(LightningModule):
             self.image_discriminator = image_discriminator or PatchDiscriminator(2, **patches)
         if video_gan_weight > 0:
             self.video_discriminator = video_discriminator or PatchDiscriminator(3, **patches)
+        for network in (self.image_discriminator, self.video_discriminator):
+            for layer in network.modules() if network is not None and r1_weight > 0 else ():
+                if isinstance(layer, SyncBatchNorm):
+                    layer.twice_differentiable = True
         self.image_lecam = LeCam() if self.image_discriminator is not None and lecam_weight > 0 else None
         self.video_lecam = LeCam() if self.video_discriminator is not None and lecam_weight > 0 else None
         # for a callback that watches over the training: a factor, and a last word on each step

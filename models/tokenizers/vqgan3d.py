@@ -1,5 +1,6 @@
 """The 3D-VQGAN: an encoder, a quantizer and a decoder behind one interface."""
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -74,6 +75,16 @@ class VQGAN3D(nn.Module):
     def codebook_size(self) -> int | None:
         """Number of codes; None if the latents are continuous."""
         return self.quantizer.codebook_size
+
+    def unrounded(self) -> "VQGAN3D":
+        """The same networks, not copied, without the choice of a code: for models of real-valued latents.
+
+        Raises:
+            ValueError: if the decoder has learned from codebook entries alone.
+        """
+        other = copy.copy(self)
+        other._modules = self._modules | {"quantizer": self.quantizer.unrounded()}  # a copy shares the table itself
+        return other
 
     def forward(
         self, video: Tensor, generator: torch.Generator | None = None, is_image: Tensor | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.vqgan3d import VQGAN3DModule
+from models.blocks.norm import SyncBatchNorm
 from models.metrics.frames import frame_ssim
 from models.random import keyed_generator
 from models.tokenizers import (
@@ -438,6 +439,16 @@ def test_r1_reaches_the_discriminators_loss() -> None:
     logits = [module.video_discriminator(x)[0] for x in (video, -video)]
     right = ((logits[0] > 0).float().mean() + (logits[1] < 0).float().mean()) / 2
     assert judgement["disc_accuracy"] == right
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_r1_asks_batch_norm_for_second_derivatives(weight: float) -> None:
+    """Over several GPUs, torch's layer has none; what the CPU does has, see `penalise` of the two ranks."""
+    module = toy_module(r1_weight=weight)
+    for network in (module.image_discriminator, module.video_discriminator):
+        norms = [layer for layer in network.modules() if isinstance(layer, SyncBatchNorm)]
+        assert norms
+        assert all(norm.twice_differentiable == (weight > 0) for norm in norms)
 
 
 def test_a_discriminator_without_weight_is_refused() -> None:
