@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from datamodules.shapes import MovingShapes
 from experiments.ablations.arms import Comparison, Curve, Run, finished_run, logged_curve
 from experiments.lightning_cli import run
 from models.metrics import psnr
+from models.metrics.frames import frame_ssim
 from models.tokenizers import VQGAN3D
+from models.tokenizers.quantizers import code_counts, usage_statistics
 
 logger = logging.getLogger(__name__)
 
 BASE = Path(__file__).parents[1] / "demo_tokenizer.yaml"
-SCORES = ("psnr", "ssim", "perplexity", "usage")
 WINDOW, LONG_WINDOWS = 16, 4  # frames of a clip that needs no 17th, and clips that a long video is made of
 PIECE_FRAMES, SHORTEST = 32, 17  # frames that real videos are cut into
 
@@ -285,18 +287,14 @@ def train(place: Path, seed: int, size: Size, setting: Setting, frames: Path | N
     file = place / "arm.yaml"
     file.write_text(yaml.safe_dump(experiment(size, setting, frames), sort_keys=False))
     words = [f"--config={BASE}", f"--config={file}", f"--seed_everything={seed}"]
-    steps = run(["fit", *words, f"--run_root={place}", "--run_name=run"]).trainer.global_step
-    cli = run(["validate", *words, f"--ckpt_path={newest(place) / 'checkpoints/last.ckpt'}"])
-    scores = {name: cli.trainer.callback_metrics[f"val/{name}"].item() for name in SCORES}
-    batch = next(iter(cli.datamodule.val_dataloader()))
-    mean_frame = batch["video"].mean(2, keepdim=True).expand_as(batch["video"])
-    scores["psnr_of_mean_frame"] = psnr(mean_frame, batch["video"]).mean().item()
+    cli = run(["fit", *words, f"--run_root={place}", "--run_name=run"])
+    tokenizer = cli.model.tokenizer.eval()
+    batches = list(islice(cli.datamodule.val_dataloader(), size.val_batches))
+    scores = scores_of(tokenizer, batches)
     if setting.joins_windows:
-        scores["joined_psnr"] = joined_psnr(
-            cli.model.tokenizer.eval(), cli.datamodule.datasets["val"], len(batch["video"])
-        )
-    scores["steps"] = float(steps)
-    contact_sheet(cli.model.sample_videos(batch, torch.arange(2))).save(place / "sheet.png")
+        scores["joined_psnr"] = joined_psnr(tokenizer, cli.datamodule.datasets["val"], len(batches[0]["video"]))
+    scores["steps"] = float(cli.trainer.global_step)
+    contact_sheet(cli.model.sample_videos(batches[0], torch.arange(2))).save(place / "sheet.png")
     return logged_curve(newest(place), "val/psnr"), scores
 
 
@@ -335,6 +333,25 @@ def experiment(size: Size, setting: Setting, frames: Path | None) -> dict[str, A
 
 
 # Measuring
+
+
+@torch.no_grad()
+def scores_of(tokenizer: VQGAN3D, batches: list[dict[str, Any]]) -> dict[str, float]:
+    """What `longtake validate` measures of a tokenizer, and how close each clip's mean frame comes."""
+    found: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "psnr_of_mean_frame": []}
+    codes = []
+    for batch in batches:
+        video = batch["video"]
+        encoded = tokenizer.encode(video)
+        shown = tokenizer.decode(encoded.latents)
+        found["psnr"].append(psnr(shown, video))
+        found["ssim"].append(frame_ssim(shown, video).flatten())
+        found["psnr_of_mean_frame"].append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
+        codes.append(encoded.codes)
+    usage = usage_statistics(code_counts(torch.cat(codes), tokenizer.codebook_size))
+    return {name: torch.cat(values).mean().item() for name, values in found.items()} | {
+        name: value.item() for name, value in usage.items()
+    }
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class Scale:
 
 PUBLISHED = Scale(1, 128, 4, 1024, 512, 3.0)
 SMALL = Scale(1 / 8, 64, 2, 1024, 128, 3.0)
-TOY = Scale(1 / 16, 32, 1, 16, 32, 0.0)
+TOY = Scale(1 / 16, 16, 1, 16, 32, 0.0)
 
 
 def run(quick: bool) -> list[Measurement]:

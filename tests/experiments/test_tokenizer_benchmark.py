@@ -14,7 +14,7 @@ def test_the_plain_network_is_the_same(family: str) -> None:
     ours = FAMILIES[family](TOY)
     plain = FAMILIES[family](TOY)
     frames = 17 if ours.encoder.is_causal else 16
-    video = torch.rand(2, 3, frames, 32, 32, generator=keyed_generator(0)) * 2 - 1
+    video = torch.rand(2, 3, frames, TOY.resolution, TOY.resolution, generator=keyed_generator(0)) * 2 - 1
     ours(video)  # makes the codebook, moves batch norm
     plain.load_state_dict(ours.state_dict())
     for name, value, other in zip(
