@@ -231,7 +231,7 @@ def levels(size: Size, **options: Any) -> dict[str, Any]:
         "channel_multipliers": [1, 2, 4],
         "temporal_downsample": [True, True],
         "num_res_blocks": size.blocks,
-        "norm_groups": 1,  # few channels: groups of two would leave nothing of what a frame is like,
+        "norm_groups": max(1, size.width // 8),  # groups of two channels would keep little of what a frame is like
         "patch_size": 2,
         **options,
     }

@@ -172,6 +172,26 @@ def test_each_backward_pass_reaches_one_side_only() -> None:
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
+def test_neither_side_sees_the_other_ones_step() -> None:
+    """Both gradients are of the weights before the step, so each update is the same whatever the other's length."""
+
+    def after_a_step(lr: float, discriminator_lr_factor: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        torch.manual_seed(1)
+        module = toy_module(lr=lr, discriminator_start_step=0)
+        module.discriminator_lr_factor = discriminator_lr_factor
+        (state,) = fit(module, 1).states
+        sides = [{k: v for k, v in state.items() if k.startswith("tokenizer") == side} for side in (True, False)]
+        return sides[0], sides[1]
+
+    tokenizer, discriminators = after_a_step(1e-2, 1.0)
+    same, slower = after_a_step(1e-2, 0.5)
+    assert equal(tokenizer, same)
+    assert not equal(discriminators, slower)
+    faster, as_before = after_a_step(2e-2, 0.5)
+    assert equal(discriminators, as_before)
+    assert not equal(tokenizer, faster)
+
+
 def test_gradients_are_clipped_for_each_optimizer_by_itself() -> None:
     module = toy_module(discriminator_start_step=0, gradient_clip_norm=1e-3)
     norms: list[float] = []
