@@ -86,7 +86,7 @@ SIZES = {
     "short": Size(2, 300, 1000),
     "long": Size(3, None, 20_000, width=64, blocks=2, resolution=128, batch_size=16),
 }
-# padding and inflation, 16 runs, have to fit into an hour of one core
+# padding and inflation, 14 runs, have to fit into an hour of one core
 SHORTER_SECONDS = 200
 
 
