@@ -1,7 +1,9 @@
 """The comparison of tokenizers runs, in toy size; and a run of so many CPU seconds takes no more."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,27 +14,76 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.media import write_mp4
+from datamodules.shapes import MovingShapes
 from experiments.ablations import tokenizers
-from experiments.ablations.arms import write
-from experiments.ablations.tokenizers import SIZES, CPUBudget, cut_videos
+from experiments.ablations.arms import Curve
+from experiments.ablations.tokenizers import SIZES, CPUBudget, Setting, Size, cut_videos, experiment
+from models.metrics import psnr
+from models.tokenizers import VQGAN3D, ContinuousLatents, TimeAgnosticDecoder, TimeAgnosticEncoder
+from models.weights import build
 
 
-@pytest.mark.slow
-def test_every_arm_trains_and_is_measured(tmp_path: Path) -> None:
-    found = tokenizers.compare("quick", tmp_path / "runs")
+def test_every_comparison_has_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: dict[str, dict[str, Any]] = {}
+
+    def pretend(
+        place: Path, seed: int, size: Size, setting: Setting, frames: Path | None
+    ) -> tuple[Curve, dict[str, float]]:
+        (place / "run/version_0").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(place / "sheet.png")
+        files[str(place.relative_to(tmp_path))] = experiment(size, setting, frames)
+        return [(0, 1.0)], {"psnr": 20.0, "joined_psnr": 18.0}
+
+    monkeypatch.setattr(tokenizers, "train", pretend)
+    found = tokenizers.compare("long", tmp_path)
     assert {name: list(comparison.arms()) for name, comparison in found.items()} == {
         "tokenizer_families": ["time_agnostic", "magvit", "causal"],
         "tokenizer_padding": ["zero", "replicate", "reflect"],
         "tokenizer_inflation": ["scratch", "average", "central"],
+        "tokenizer_axes": ["3d", "2d"],
+        "tokenizer_halving": ["deferred", "early"],
     }
-    for name, comparison in found.items():
-        assert all(run.scores["psnr"] > 0 and run.scores["steps"] == SIZES["quick"].steps for run in comparison.runs)
-        assert "psnr_of_mean_frame" in write(comparison, tmp_path, name)
-    with (
-        Image.open(tmp_path / "runs/shapes/sheet.png") as sheet,
-        Image.open(tmp_path / "runs/shapes/causal-0/sheet.png") as one,
-    ):
-        assert sheet.height > 3 * one.height - 1
+    assert all(len(runs) == SIZES["long"].seeds for one in found.values() for runs in one.arms().values())
+    assert found["tokenizer_padding"].score == "joined_psnr"
+    start = files["inflation/central-1"]["model"]["init_args"]
+    assert start["inflate_from"] == str(tmp_path / "inflation/2d-1/run/version_0/checkpoints/last.ckpt")
+    assert files["inflation/2d-1"]["data"]["init_args"]["num_frames"] == 1
+    for file in files.values():  # what the arms name can be built
+        networks = file["model"]["init_args"]["tokenizer"]["init_args"]
+        with torch.device("meta"):
+            assert build(networks["encoder"]).downsample == build(networks["decoder"]).downsample
+    with Image.open(tmp_path / "shapes/sheet.png") as sheet:
+        assert sheet.height > 3 * 8
+
+
+@pytest.mark.slow
+def test_arms_train_and_are_measured(tmp_path: Path) -> None:
+    size = SIZES["quick"]
+    flat = replace(tokenizers.magvit(size, **tokenizers.FLAT), num_frames=1)
+    tokenizers.arm(tmp_path, "2d", 0, size, flat)
+    start = {"inflate_from": str(tokenizers.newest(tmp_path / "2d-0") / "checkpoints/last.ckpt")}
+    runs = [
+        tokenizers.arm(tmp_path, "central", 0, size, replace(tokenizers.magvit(size), model=start)),
+        tokenizers.arm(tmp_path, "causal", 0, size, replace(tokenizers.causal(size), model={"lr": 1e-3})),
+    ]
+    for run in runs:
+        assert run.scores["psnr"] > 0
+        assert run.scores["psnr_of_mean_frame"] > run.scores["psnr"]
+        assert 1 <= run.scores["perplexity"] <= 256
+        assert run.scores["steps"] == len(run.curve) == size.steps
+        assert (tmp_path / f"{run.arm}-0/sheet.png").is_file()
+
+
+def test_joined_windows_are_decoded_as_one_video() -> None:
+    """An encoder of single frames knows no windows: nothing is lost where they meet."""
+    options: dict[str, Any] = {"base_channels": 2, "downsample": (1, 2, 2), "is_2d": True}
+    torch.manual_seed(0)
+    networks = TimeAgnosticEncoder(**options), TimeAgnosticDecoder(**options)
+    tokenizer = VQGAN3D(networks[0], ContinuousLatents(4), networks[1]).eval()
+    clips = MovingShapes("val", 2, 16, resolution=32)
+    whole = [clips.render(i, 0, 64)[None] for i in range(2)]
+    expected = [psnr(tokenizer.decode(tokenizer.encode(video).latents), video).item() for video in whole]
+    assert tokenizers.joined_psnr(tokenizer, clips, 2) == pytest.approx(sum(expected) / 2, rel=1e-4)
 
 
 class Idle(LightningModule):
