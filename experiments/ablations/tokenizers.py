@@ -339,7 +339,9 @@ def experiment(size: Size, setting: Setting, frames: Path | None) -> dict[str, A
 def scores_of(tokenizer: VQGAN3D, batches: list[dict[str, Any]]) -> dict[str, float]:
     """What `longtake validate` measures of a tokenizer, and how close each clip's mean frame comes."""
     found: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "psnr_of_mean_frame": []}
-    codes = []
+    size = tokenizer.codebook_size
+    assert size is not None  # all arms quantise
+    counts = torch.zeros(size, dtype=torch.int64)
     for batch in batches:
         video = batch["video"]
         encoded = tokenizer.encode(video)
@@ -347,8 +349,9 @@ def scores_of(tokenizer: VQGAN3D, batches: list[dict[str, Any]]) -> dict[str, fl
         found["psnr"].append(psnr(shown, video))
         found["ssim"].append(frame_ssim(shown, video).flatten())
         found["psnr_of_mean_frame"].append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
-        codes.append(encoded.codes)
-    usage = usage_statistics(code_counts(torch.cat(codes), tokenizer.codebook_size))
+        assert encoded.codes is not None
+        counts += code_counts(encoded.codes, size)
+    usage = usage_statistics(counts)
     return {name: torch.cat(values).mean().item() for name, values in found.items()} | {
         name: value.item() for name, value in usage.items()
     }

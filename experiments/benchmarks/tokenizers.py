@@ -214,8 +214,8 @@ def encode(encoder: nn.Module, x: Tensor) -> Tensor:
             elif isinstance(layer, AveragePool):
                 x = F.avg_pool3d(x, layer.stride, layer.stride, ceil_mode=True)
             else:
-                x = conv(layer, x)  # type: ignore[arg-type]
-    return F.silu(norm(encoder.final_block[0], x))  # type: ignore[index]
+                x = conv(layer, x)
+    return F.silu(norm(encoder.final_block[0], x))  # type: ignore[index, arg-type]
 
 
 def decode(tokenizer: VQGAN3D, latents: Tensor) -> Tensor:
@@ -235,14 +235,14 @@ def decode(tokenizer: VQGAN3D, latents: Tensor) -> Tensor:
         if isinstance(layer, ResStack):
             x = stack(layer, x)
         elif isinstance(layer, UpsampleConv):
-            x = conv(layer.conv, F.interpolate(x, scale_factor=layer.nearest.factors, mode="nearest"))  # type: ignore[arg-type]
+            x = conv(layer.conv, F.interpolate(x, scale_factor=layer.nearest.factors, mode="nearest"))
         elif isinstance(layer, DecoderLevel):
             size = (latents.shape[2] * layer.frames_per_latent, *x.shape[3:])
             shown = F.interpolate(latents, size, mode="nearest")[:, :, size[0] - x.shape[2] :]
             scale, shift = layer.ada_norm.modulation(shown).chunk(2, dim=1)
             x = stack(layer.blocks, norm(layer.ada_norm.norm, x) * (1 + scale) + shift)
         else:
-            x = depth_to_space(conv(layer.conv, x), layer.depth_to_space.factors)  # type: ignore[union-attr, arg-type]
+            x = depth_to_space(conv(layer.conv, x), layer.depth_to_space.factors)
     return conv(decoder.conv_last, F.silu(norm(decoder.final_block[0], x)))  # type: ignore[arg-type, index]
 
 
