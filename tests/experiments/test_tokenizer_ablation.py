@@ -48,7 +48,7 @@ def test_every_comparison_has_its_arms(tmp_path: Path, monkeypatch: pytest.Monke
     start = files["inflation/central-1"]["model"]["init_args"]
     assert start["inflate_from"] == str(tmp_path / "inflation/2d-1/run/version_0/checkpoints/last.ckpt")
     assert files["inflation/2d-1"]["data"]["init_args"]["num_frames"] == 1
-    for file in files.values():  # what the arms name can be built
+    for file in (file for name, file in files.items() if name.endswith("-0")):  # what the arms name can be built
         networks = file["model"]["init_args"]["tokenizer"]["init_args"]
         with torch.device("meta"):
             assert build(networks["encoder"]).downsample == build(networks["decoder"]).downsample
