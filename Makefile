@@ -11,16 +11,18 @@ CKPT ?=
 TOKENIZER ?=
 RESUME ?=
 OUT ?=
+SOURCE ?=
+DEST ?=
 ARGS ?=
 
 EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train sample tokenize cache-frames export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test train sample tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= ARGS=\"--any.option=value ...\""
 	@echo "Experiments: $(EXPERIMENTS)"
 
@@ -63,6 +65,11 @@ tokenize: $(STAMP) _known_experiment ## codes of all clips of EXP=..., computed 
 cache-frames: $(STAMP) _known_experiment ## videos of EXP=... decoded once, at training size; OUT= the folder
 	@test -n "$(OUT)" || { echo "OUT= the folder to write to, such as data/frames/$(EXP)"; exit 1; }
 	$(LONGTAKE) cache-frames --config experiments/$(EXP).yaml --out $(OUT) $(ARGS)
+
+import-weights: $(STAMP) ## a tokenizer released by TATS, SOURCE= its file, as the bundle DEST=weights/<name>
+	@test -f "$(SOURCE)" || { echo "SOURCE='$(SOURCE)' is no file. SOURCE= a checkpoint of the official code"; exit 1; }
+	@test -n "$(DEST)" || { echo "DEST= the folder to make, such as weights/vqgan3d_ucf101"; exit 1; }
+	$(LONGTAKE) import-weights $(SOURCE) $(DEST) $(ARGS)
 
 export: $(STAMP) ## turn the tokenizer checkpoint CKPT=... into the bundle OUT=weights/<name>
 	$(LONGTAKE) export $(CKPT) $(OUT)

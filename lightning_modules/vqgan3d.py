@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from models.blocks.distributed import sum_over_ranks, world_size
+from models.blocks.norm import SyncBatchNorm
 from models.metrics.frames import frame_ssim
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
@@ -22,7 +23,7 @@ from models.tokenizers.inflation import Inflation, inflate
 from models.tokenizers.losses import LPIPS, GANLoss, LeCam, discriminator_terms, generator_terms, pick_frames
 from models.tokenizers.quantizers import Encoded, code_counts, usage_statistics
 from models.tokenizers.timm_perceptual import TimmPerceptual
-from models.tokenizers.vqgan3d import VQGAN3D
+from models.tokenizers.vqgan3d import VQGAN3D, hold_images
 from models.weights import load_tokenizer, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ class VQGAN3DModule(LightningModule):
     is trained on. (The released code runs the tokenizer once more, which updates codebook and batch norm twice.)
     `global_step` counts the generator's steps.
 
+    A causal tokenizer may learn from images and videos at once: a row of a batch that `is_image` names counts as a
+    still video of its first frame, whatever is behind it (a mixed data module with `images_per_stack: 1`).
+
     Args:
         tokenizer: Encoder, quantizer and decoder.
         l1_weight: Weight of the mean absolute error.
@@ -52,8 +56,9 @@ class VQGAN3DModule(LightningModule):
             send to the decoder's last weight.
         feature_matching_weight: Weight of the distances between the discriminators' hidden maps.
         gan_loss: `hinge` as TATS released it, `vanilla` with the logarithms of its paper, or MAGVIT's `non_saturating`.
-        r1_weight: Weight of the squared gradient of the discriminators on real clips: 10 in MAGVIT. For discriminators
-            without batch norm.
+        r1_weight: Weight of the squared gradient of the discriminators on real clips: 10 in MAGVIT. Made for
+            discriminators without batch norm: with it, a clip's gradient is that of the logits of all ranks' clips, and
+            training on several GPUs does without torch's fused batch norm in the discriminators.
         lecam_weight: Weight of LeCam's regularisation of the discriminators: 0.001 in MAGVIT.
         discriminator_start_step: Steps of the generator before the discriminators begin; they are not run until then.
         discriminator_warmup_steps: Steps in which their weight in the tokenizer's loss then grows from 0.
@@ -166,6 +171,10 @@ class VQGAN3DModule(LightningModule):
             self.image_discriminator = image_discriminator or PatchDiscriminator(2, **patches)
         if video_gan_weight > 0:
             self.video_discriminator = video_discriminator or PatchDiscriminator(3, **patches)
+        for network in (self.image_discriminator, self.video_discriminator):
+            for layer in network.modules() if network is not None and r1_weight > 0 else ():
+                if isinstance(layer, SyncBatchNorm):
+                    layer.twice_differentiable = True
         self.image_lecam = LeCam() if self.image_discriminator is not None and lecam_weight > 0 else None
         self.video_lecam = LeCam() if self.video_discriminator is not None and lecam_weight > 0 else None
         # for a callback that watches over the training: a factor, and a last word on each step
@@ -370,12 +379,13 @@ class VQGAN3DModule(LightningModule):
         adversarial = bool(discriminator_optimizers) and self.global_step >= self.discriminator_start_step
         part = batch_idx % self.accumulate_grad_batches
         steps = part == self.accumulate_grad_batches - 1 or self.trainer.is_last_batch
-        pixels = self.tokenizer.to_native(self.tokenizer.reconstructed_frames(batch["video"]))
+        video, is_image = batch["video"], batch.get("is_image")
+        pixels = self.tokenizer.to_native(hold_images(self.tokenizer.reconstructed_frames(video), is_image))
         frames = self._draw_frames(pixels, part)
 
         with generator_optimizer.toggle_model(sync_grad=steps):
             draws = keyed_generator(self.seed, self.global_step, QUANTIZER_STREAM, part)
-            reconstruction, encoded = self.tokenizer(batch["video"], draws)
+            reconstruction, encoded = self.tokenizer(video, draws, is_image)
             terms = self.generator_losses(pixels, reconstruction, encoded, frames, adversarial)
             factors = self.step_factors(terms)
             loss = self.generator_loss(terms, factors)
@@ -443,8 +453,9 @@ class VQGAN3DModule(LightningModule):
         PSNR is of whole clips; SSIM (of frames of at least 11 x 11 pixels) and LPIPS (if its weights are there) are
         means over all frames.
         """
-        reconstruction, encoded = self.tokenizer(batch["video"])
-        video = self.tokenizer.reconstructed_frames(batch["video"])
+        is_image = batch.get("is_image")
+        reconstruction, encoded = self.tokenizer(batch["video"], is_image=is_image)
+        video = hold_images(self.tokenizer.reconstructed_frames(batch["video"]), is_image)
         pixels = self.tokenizer.to_native(video)
         middle = torch.full((len(video),), video.shape[2] // 2, device=video.device)
         terms = self.generator_losses(pixels, reconstruction, encoded, middle, adversarial=False)

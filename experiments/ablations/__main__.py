@@ -20,10 +20,12 @@ def main() -> None:
         help="quick: a few steps, shows that it runs; short: what a CPU does in an hour; long: all arms, for a GPU",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of everything that is made")
+    parser.add_argument("--clips", type=Path, help="folder of real videos, for a script that compares on such as well")
     options = parser.parse_args()
     module = importlib.import_module(f"experiments.ablations.{options.script}")
     folder = options.out / options.length
-    for name, comparison in module.compare(options.length, folder / options.script).items():
+    given = {"clips": options.clips} if options.clips else {}
+    for name, comparison in module.compare(options.length, folder / options.script, **given).items():
         print(write(comparison, folder, name))
 
 

@@ -16,6 +16,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     In one process this is plain batch normalisation. Over several, the GPU runs torch's `SyncBatchNorm`, which refuses
     CPU tensors; the CPU gets the same statistics and gradients from sums over the ranks. Not a subclass of torch's
     layer, since DistributedDataParallel refuses a CPU model that holds one.
+
+    A penalty on gradients (R1) differentiates twice, which torch's layer cannot do: over ranks, its backward pass is a
+    kernel and a sum that have no derivatives. `twice_differentiable` takes the sums over the ranks on the GPU as well,
+    for more memory and time.
     """
 
     running_mean: Tensor
@@ -23,6 +27,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     num_batches_tracked: Tensor
     momentum: float
     process_group = None  # all ranks; torch's forward asks for it
+    twice_differentiable = False
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim  # [B, C, ...] of any rank
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
@@ -31,7 +36,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise `[B, C, ...]` per channel."""
         if not self.training or world_size() == 1:
             return super().forward(input)
-        if input.is_cuda:
+        if input.is_cuda and not self.twice_differentiable:
             return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
         return self._forward_over_ranks(input)
 

@@ -3,7 +3,7 @@
 from models.tokenizers.causal import CausalDecoder, CausalEncoder
 from models.tokenizers.continuous import ContinuousLatents, GaussianLatents
 from models.tokenizers.discriminators import PatchDiscriminator, StyleGANDiscriminator
-from models.tokenizers.finite_scalar import FiniteScalarQuantizer
+from models.tokenizers.finite_scalar import BoundedLatents, FiniteScalarQuantizer
 from models.tokenizers.gradient_vq import GradientVectorQuantizer
 from models.tokenizers.lookup_free import LookupFreeQuantizer
 from models.tokenizers.losses import LPIPS
@@ -16,6 +16,7 @@ from models.tokenizers.vqgan3d import VQGAN3D
 __all__ = [
     "LPIPS",
     "VQGAN3D",
+    "BoundedLatents",
     "CausalDecoder",
     "CausalEncoder",
     "ContinuousLatents",

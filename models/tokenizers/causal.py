@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from models.blocks.conv import Padding, SamePadConv3d, Stream
 from models.blocks.norm import FrameGroupNorm, make_norm
 from models.blocks.residual import ResStack
-from models.tokenizers.magvit import init_lecun_normal, level_strides, total_stride
-from models.tokenizers.networks import VideoDecoder, VideoEncoder
+from models.tokenizers.levels import LevelEncoder, init_lecun_normal, level_strides, total_stride
+from models.tokenizers.networks import VideoDecoder, from_patches
 
 
 class DepthToSpace(nn.Module):
@@ -112,7 +112,7 @@ class DecoderLevel(nn.Module):
         return self.blocks(self.ada_norm(x, latents, self.frames_per_latent), stream)
 
 
-class CausalEncoder(VideoEncoder):
+class CausalEncoder(LevelEncoder):
     """Causal encoder: `1 + f k` frames to `1 + k` latents.
 
     The defaults are those of MAGVIT-v2 and W.A.L.T for 17 x 128 x 128 pixels; W.A.L.T's for images of 256 pixels have
@@ -132,6 +132,8 @@ class CausalEncoder(VideoEncoder):
         norm_groups: Groups of channels that are normalised together.
         is_2d: Kernels cover one frame: a tokenizer of images, which `inflate_from` takes. Needs a `temporal_downsample`
             of nothing but false.
+        patch_size: Pixels a side of the patches that come in as channels. The published networks have 1; a small one on
+            a CPU spends most of its time at full resolution without.
     """
 
     time_placement = "causal"
@@ -147,39 +149,20 @@ class CausalEncoder(VideoEncoder):
         padding: Padding = "replicate",
         norm_groups: int = 32,
         is_2d: bool = False,
+        patch_size: int = 1,
     ) -> None:
-        super().__init__()
-        self.padding: Padding = padding
-        strides = level_strides(channel_multipliers, temporal_downsample, is_2d)
-        self.downsample = total_stride(strides)
-        norm = partial(make_norm, "frame_group", num_groups=norm_groups)
         conv = partial(SamePadConv3d, padding=padding, time_placement="causal", is_2d=is_2d, bias=False)
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        self.conv_first = conv(in_channels, base_channels)
-        self.layers = nn.ModuleList()
-        for i, width in enumerate(widths):
-            self.layers.append(ResStack(widths[i - 1] if i else base_channels, width, num_res_blocks, norm, conv))
-            if i < len(strides):
-                self.layers.append(conv(width, width, kernel_size=down_kernel, stride=strides[i], bias=True))
-        self.layers.append(ResStack(widths[-1], widths[-1], num_res_blocks, norm, conv))
-        self.final_block = nn.Sequential(norm(widths[-1]), nn.SiLU())
-        self.out_channels = widths[-1]
-        self.apply(init_lecun_normal)
-
-    def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
-        """Encode.
-
-        Args:
-            video: `[B, 3, 1 + f k, H, W]` in the tokenizer's native range.
-            stream: of a video of which this is the next piece.
-
-        Returns:
-            `[B, out_channels, 1 + k, h, w]`.
-        """
-        h = self.conv_first(video, stream)  # [B, C, T, H, W]
-        for layer in self.layers:
-            h = layer(h, stream)
-        return self.final_block(h)  # [B, 4 C, t, h, w]
+        super().__init__(
+            norm=partial(make_norm, "frame_group", num_groups=norm_groups),
+            conv=conv,
+            down=lambda width, stride: conv(width, width, kernel_size=down_kernel, stride=stride, bias=True),
+            strides=level_strides(channel_multipliers, temporal_downsample, is_2d),
+            widths=[base_channels * multiplier for multiplier in channel_multipliers],
+            in_channels=in_channels,
+            base_channels=base_channels,
+            num_res_blocks=num_res_blocks,
+            patch_size=patch_size,
+        )
 
 
 class CausalDecoder(VideoDecoder):
@@ -195,6 +178,7 @@ class CausalDecoder(VideoDecoder):
         padding: How every convolution continues its input past the borders, as in the encoder.
         norm_groups: Groups of channels that are normalised together.
         is_2d: As in the encoder.
+        patch_size: As in the encoder; the patches go out as channels.
     """
 
     takes_latents = True
@@ -211,12 +195,14 @@ class CausalDecoder(VideoDecoder):
         padding: Padding = "replicate",
         norm_groups: int = 32,
         is_2d: bool = False,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.padding: Padding = padding
         self.in_channels = latent_dim
         strides = level_strides(channel_multipliers, temporal_downsample, is_2d)
-        self.downsample = total_stride(strides)
+        self.patch_size = patch_size
+        self.downsample = total_stride(strides, patch_size)
         norm = partial(make_norm, "frame_group", num_groups=norm_groups)
         conv = partial(SamePadConv3d, padding=padding, time_placement="causal", is_2d=is_2d, bias=False)
         width = base_channels * channel_multipliers[-1]
@@ -233,7 +219,7 @@ class CausalDecoder(VideoDecoder):
                 self.layers.append(DepthToSpaceUpsample(width, strides[i - 1], conv))
                 frames_per_latent *= strides[i - 1][0]
         self.final_block = nn.Sequential(norm(width), nn.SiLU())
-        self.conv_last = conv(width, out_channels, bias=True)
+        self.conv_last = conv(width, out_channels * patch_size**2, bias=True)
         self.apply(init_lecun_normal)
 
     def forward(self, features: Tensor, stream: Stream | None = None) -> Tensor:
@@ -249,5 +235,5 @@ class CausalDecoder(VideoDecoder):
         h = self.middle(self.conv_first(features, stream), stream)  # [B, 4 C, t, h, w]
         for layer in self.layers:
             h = layer(h, features, stream) if isinstance(layer, DecoderLevel) else layer(h, stream)
-        h = self.conv_last(self.final_block(h), stream)  # [B, 3, T, H, W]
+        h = from_patches(self.conv_last(self.final_block(h), stream), self.patch_size)  # [B, 3, T, H, W]
         return self.without_partial_latents(h, features.shape[2]) if self.padding == "real" else h

@@ -8,14 +8,22 @@ from models.random import keyed_generator
 from models.tokenizers.quantizers import Encoded, Quantizer
 
 
-class ContinuousLatents(Quantizer):
+class RealQuantizer(Quantizer):
+    """One that does not quantise."""
+
+    codebook_size = None
+
+    def unrounded(self) -> Quantizer:
+        """Itself."""
+        return self
+
+
+class ContinuousLatents(RealQuantizer):
     """The encoder's projection to `dim` channels as it is, as in W.A.L.T: no codes, no loss, no noise.
 
     Args:
         dim: Channels of the latents; W.A.L.T has 8 and compares 4, 16 and 32 (Table 3f).
     """
-
-    codebook_size = None
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()
@@ -28,7 +36,7 @@ class ContinuousLatents(Quantizer):
         )
 
 
-class GaussianLatents(Quantizer):
+class GaussianLatents(RealQuantizer):
     """A normal distribution for each latent, drawn towards the standard one (the KL variant of latent diffusion).
 
     In training the latents are drawn from it, in evaluation they are its mean.
@@ -37,8 +45,6 @@ class GaussianLatents(Quantizer):
         dim: Channels of the latents; the encoder gives twice as many, means and logarithms of variances.
         kl_weight: Weight of the divergence in nats, summed over a clip's latents and averaged over clips.
     """
-
-    codebook_size = None
 
     def __init__(self, dim: int = 8, kl_weight: float = 1e-6) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from models.tokenizers.continuous import RealQuantizer
 from models.tokenizers.quantizers import Encoded, Quantizer, batch_statistics, straight_through
 
 
@@ -55,8 +56,7 @@ class FiniteScalarQuantizer(Quantizer):
             `perplexity` and `usage`.
         """
         with torch.autocast(z.device.type, enabled=False):
-            z = rearrange(z.to(torch.promote_types(z.dtype, torch.float32)), "b d t h w -> b t h w d")
-            bounded = self._bound(z)  # [B, t, h, w, D], in units of one level
+            bounded = self.bound(z)  # [B, t, h, w, D], in units of one level
             levels = bounded.detach().round()
             codes = self._codes(levels)
             latents = straight_through(bounded, levels) / self.half_levels
@@ -77,11 +77,20 @@ class FiniteScalarQuantizer(Quantizer):
         levels = (rearrange(latents, "b d t h w -> b t h w d") * self.half_levels).round()
         return self._codes(torch.clamp(levels, min=-self.half_levels, max=self.num_levels - 1 - self.half_levels))
 
-    def _bound(self, z: Tensor) -> Tensor:
-        """Squash to just beyond the outermost levels, -(L // 2) and (L - 1) // 2."""
+    def bound(self, z: Tensor) -> Tensor:
+        """Squash `z` `[B, D, t, h, w]` to just beyond the outermost levels, -(L // 2) and (L - 1) // 2.
+
+        Returns:
+            `[B, t, h, w, D]` in float32 at least, in units of one level.
+        """
+        z = rearrange(z.to(torch.promote_types(z.dtype, torch.float32)), "b d t h w -> b t h w d")
         reach = (self.num_levels - 1) * (1 + 1e-3) / 2  # a little more, so that tanh need not reach 1 to round there
         offset = (self.num_levels % 2 == 0) * 0.5
         return torch.tanh(z + torch.atanh(offset / reach)) * reach - offset
+
+    def unrounded(self) -> Quantizer:
+        """What is rounded, as it is before that."""
+        return BoundedLatents(self.levels)
 
     def _codes(self, levels: Tensor) -> Tensor:
         """Number integer levels `[..., D]`, 0 being the middle one, as `[...]` int64."""
@@ -90,3 +99,24 @@ class FiniteScalarQuantizer(Quantizer):
     def extra_repr(self) -> str:
         """Name the size."""
         return f"levels={self.levels}, codebook_size={self.codebook_size}"
+
+
+class BoundedLatents(RealQuantizer):
+    """What finite scalar quantisation would round, as it is: each channel within half a step of the nearest level.
+
+    With the networks of a tokenizer that was trained to round: one tokenizer for models of codes and of real values.
+
+    Args:
+        levels: Number of values that each channel would be rounded to.
+    """
+
+    def __init__(self, levels: Sequence[int] = (8, 8, 8, 5, 5, 5)) -> None:
+        super().__init__()
+        self.rounding = FiniteScalarQuantizer(levels)
+        self.dim = self.rounding.dim
+
+    def forward(self, z: Tensor, generator: torch.Generator | None = None) -> Encoded:
+        """Bound `z` `[B, D, t, h, w]`; statistics: the standard deviation of the latents' values, `latent_std`."""
+        with torch.autocast(z.device.type, enabled=False):
+            latents = rearrange(self.rounding.bound(z) / self.rounding.half_levels, "b t h w d -> b d t h w")
+            return Encoded(latents, None, losses={}, statistics={"latent_std": latents.detach().std(correction=0)})

@@ -57,8 +57,8 @@ def adversarial_loss(fake_logits: Tensor, gan_loss: GANLoss) -> Tensor:
 def r1_penalty(logits: Tensor, real: Tensor) -> Tensor:
     """Mean over the batch of the squared gradient of each real's logits, summed over its elements.
 
-    There is no factor 1/2 (MAGVIT's release). The logits are to be those of a discriminator without batch norm, so that
-    each depends on one real alone.
+    There is no factor 1/2 (MAGVIT's release). Each logit should depend on one real alone. Batch norm mixes them: then
+    it is the gradient of the sum of all ranks' logits, the same as in one process with all batches.
 
     Args:
         logits: of `real`, which requires a gradient.

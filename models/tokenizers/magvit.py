@@ -7,20 +7,16 @@ conditions on the tokens of a padded video and not on those of the video itself.
 The last convolution of the encoder, of kernel 1, is `VQGAN3D`'s: it gives the quantizer the channels that it takes.
 """
 
-import math
-from collections.abc import Sequence
 from functools import partial
 
 import torch.nn.functional as F
-from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
 from models.blocks.conv import Padding, SamePadConv3d, Stream
 from models.blocks.norm import make_norm
 from models.blocks.residual import ResStack
-from models.tokenizers.networks import VideoDecoder, VideoEncoder
-
-Strides = list[tuple[int, int, int]]
+from models.tokenizers.levels import LevelEncoder, init_lecun_normal, level_strides, total_stride
+from models.tokenizers.networks import VideoDecoder, from_patches
 
 
 class AveragePool(nn.Module):
@@ -69,7 +65,7 @@ class UpsampleConv(nn.Module):
         return self.conv(self.nearest(x), stream)
 
 
-class MAGVITEncoder(VideoEncoder):
+class MAGVITEncoder(LevelEncoder):
     """Encoder of MAGVIT.
 
     The defaults are MAGVIT-B's for 128 pixels. L has `base_channels` 128; 64 pixels (BAIR) have `channel_multipliers`
@@ -87,6 +83,8 @@ class MAGVITEncoder(VideoEncoder):
         norm_groups: Groups of channels that are normalised together.
         is_2d: Kernels and the statistics of group norm cover one frame: a tokenizer of images, which `inflate_from`
             takes. Needs a `temporal_downsample` of nothing but false.
+        patch_size: Pixels a side of the patches that come in as channels. The published networks have 1; a small one on
+            a CPU spends most of its time at full resolution without.
     """
 
     time_placement = "same"
@@ -101,39 +99,19 @@ class MAGVITEncoder(VideoEncoder):
         padding: Padding = "reflect",
         norm_groups: int = 32,
         is_2d: bool = False,
+        patch_size: int = 1,
     ) -> None:
-        super().__init__()
-        self.padding: Padding = padding
-        strides = level_strides(channel_multipliers, temporal_downsample, is_2d)
-        self.downsample = total_stride(strides)
-        norm = partial(make_norm, "frame_group" if is_2d else "group", num_groups=norm_groups)
-        conv = partial(SamePadConv3d, padding=padding, is_2d=is_2d, bias=False)
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        self.conv_first = conv(in_channels, base_channels)
-        self.layers = nn.ModuleList()
-        for i, width in enumerate(widths):
-            self.layers.append(ResStack(widths[i - 1] if i else base_channels, width, num_res_blocks, norm, conv))
-            if i < len(strides):
-                self.layers.append(AveragePool(strides[i]))
-        self.layers.append(ResStack(widths[-1], widths[-1], num_res_blocks, norm, conv))
-        self.final_block = nn.Sequential(norm(widths[-1]), nn.SiLU())
-        self.out_channels = widths[-1]
-        self.apply(init_lecun_normal)
-
-    def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
-        """Encode.
-
-        Args:
-            video: `[B, 3, T, H, W]` in the tokenizer's native range.
-            stream: of a video of which this is the next piece; in 2D.
-
-        Returns:
-            `[B, out_channels, t, h, w]`.
-        """
-        h = self.conv_first(video, stream)  # [B, f, T, H, W]
-        for layer in self.layers:
-            h = layer(h, stream)
-        return self.final_block(h)  # [B, 4f, t, h, w]
+        super().__init__(
+            norm=partial(make_norm, "frame_group" if is_2d else "group", num_groups=norm_groups),
+            conv=partial(SamePadConv3d, padding=padding, is_2d=is_2d, bias=False),
+            down=lambda _, stride: AveragePool(stride),
+            strides=level_strides(channel_multipliers, temporal_downsample, is_2d),
+            widths=[base_channels * multiplier for multiplier in channel_multipliers],
+            in_channels=in_channels,
+            base_channels=base_channels,
+            num_res_blocks=num_res_blocks,
+            patch_size=patch_size,
+        )
 
 
 class MAGVITDecoder(VideoDecoder):
@@ -149,6 +127,7 @@ class MAGVITDecoder(VideoDecoder):
         padding: How every convolution continues its input past the borders.
         norm_groups: Groups of channels that are normalised together.
         is_2d: As in the encoder.
+        patch_size: As in the encoder; the patches go out as channels.
     """
 
     takes_latents = True
@@ -165,12 +144,14 @@ class MAGVITDecoder(VideoDecoder):
         padding: Padding = "reflect",
         norm_groups: int = 32,
         is_2d: bool = False,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.padding: Padding = padding
         self.in_channels = latent_dim
         strides = level_strides(channel_multipliers, temporal_downsample, is_2d)
-        self.downsample = total_stride(strides)
+        self.patch_size = patch_size
+        self.downsample = total_stride(strides, patch_size)
         norm = partial(make_norm, "frame_group" if is_2d else "group", num_groups=norm_groups)
         conv = partial(SamePadConv3d, padding=padding, is_2d=is_2d, bias=False)
         width = base_channels * channel_multipliers[-1]
@@ -182,7 +163,7 @@ class MAGVITDecoder(VideoDecoder):
             if i > 0:
                 self.layers.append(UpsampleConv(width, strides[i - 1], conv))
         self.final_block = nn.Sequential(norm(width), nn.SiLU())
-        self.conv_last = conv(width, out_channels, bias=True)
+        self.conv_last = conv(width, out_channels * patch_size**2, bias=True)
         self.apply(init_lecun_normal)
 
     def forward(self, features: Tensor, stream: Stream | None = None) -> Tensor:
@@ -198,36 +179,5 @@ class MAGVITDecoder(VideoDecoder):
         h = self.conv_first(features, stream)  # [B, 4f, t, h, w]
         for layer in self.layers:
             h = layer(h, stream)
-        h = self.conv_last(self.final_block(h), stream)  # [B, 3, T, H, W]
+        h = from_patches(self.conv_last(self.final_block(h), stream), self.patch_size)  # [B, 3, T, H, W]
         return self.without_partial_latents(h, features.shape[2]) if self.padding == "real" else h
-
-
-def level_strides(channel_multipliers: Sequence[int], temporal_downsample: Sequence[bool], is_2d: bool) -> Strides:
-    """Strides between the levels, from the pixels to the latents.
-
-    Raises:
-        ValueError: if `temporal_downsample` has too few entries, or a 2D network is to halve time.
-    """
-    halvings = len(channel_multipliers) - 1
-    flags = list(temporal_downsample)[:halvings]
-    if halvings < 1 or len(flags) < halvings:
-        raise ValueError(
-            f"channel_multipliers={tuple(channel_multipliers)} halve {halvings} times: expected at least one, and as "
-            f"many entries of temporal_downsample={tuple(temporal_downsample)}"
-        )
-    if is_2d and any(flags):
-        raise ValueError(f"temporal_downsample={tuple(flags)}: a 2D network (is_2d) keeps every frame, expected false")
-    return [(2 if flag else 1, 2, 2) for flag in flags]
-
-
-def total_stride(strides: Strides) -> tuple[int, int, int]:
-    """Frames, rows and columns that one latent covers."""
-    return (math.prod(s[0] for s in strides), math.prod(s[1] for s in strides), math.prod(s[2] for s in strides))
-
-
-def init_lecun_normal(module: nn.Module) -> None:
-    """Draw convolution kernels from a truncated normal of variance 1 / fan-in, set biases to 0."""
-    if isinstance(module, nn.Conv3d):
-        lecun_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

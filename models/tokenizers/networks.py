@@ -5,7 +5,9 @@ from the last to the first gives the reach of a network.
 """
 
 import math
+from abc import ABC, abstractmethod
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.blocks.conv import Padding, SamePadConv3d, Stream, TimePlacement
@@ -50,7 +52,7 @@ class VideoNetwork(nn.Module):
         return None
 
 
-class VideoEncoder(VideoNetwork):
+class VideoEncoder(VideoNetwork, ABC):
     """Video `[B, 3, T, H, W]` in the tokenizer's native range to features `[B, out_channels, t, h, w]`.
 
     Attributes:
@@ -61,9 +63,9 @@ class VideoEncoder(VideoNetwork):
     out_channels: int
     conv_first: SamePadConv3d
 
+    @abstractmethod
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """Encode; with a stream the next piece of a video to the next piece of its features."""
-        raise NotImplementedError
 
     def pad_video_with(self, black: float) -> None:
         """Set the value that `zero` padding continues the video with."""
@@ -115,7 +117,7 @@ class VideoEncoder(VideoNetwork):
         return own + (sum(self.margin_frames()) if self.padding == "real" else 0)
 
 
-class VideoDecoder(VideoNetwork):
+class VideoDecoder(VideoNetwork, ABC):
     """Features or latents to video `[B, 3, T, H, W]` in the tokenizer's native range, not clamped.
 
     Attributes:
@@ -126,9 +128,9 @@ class VideoDecoder(VideoNetwork):
     in_channels: int
     takes_latents: bool
 
+    @abstractmethod
     def forward(self, features: Tensor, stream: Stream | None = None) -> Tensor:
         """Decode; with a stream the next piece of the features to the next piece of the video."""
-        raise NotImplementedError
 
     def margin_latents(self) -> tuple[int, int]:
         """Latents before and after a latent that its frames see as well."""
@@ -160,6 +162,16 @@ class VideoDecoder(VideoNetwork):
             there += 1
         end = video.shape[2] - (there - last)
         return video[:, :, end - frames : end]
+
+
+def to_patches(video: Tensor, size: int) -> Tensor:
+    """Patches of `size` x `size` pixels as channels: `[B, C, T, H, W]` to `[B, C size^2, T, H / size, W / size]`."""
+    return rearrange(video, "b c t (h p) (w q) -> b (c p q) t h w", p=size, q=size)
+
+
+def from_patches(x: Tensor, size: int) -> Tensor:
+    """Channels as patches: `[B, C size^2, T, H, W]` to `[B, C, T, H size, W size]`."""
+    return rearrange(x, "b (c p q) t h w -> b c t (h p) (w q)", p=size, q=size)
 
 
 def _does_not_fit(name: str, size: int, rule: str, least: int, step: int, option: str) -> str:

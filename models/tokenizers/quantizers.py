@@ -77,6 +77,17 @@ class Quantizer(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} is continuous: its latents have no codes.")
 
+    def unrounded(self) -> "Quantizer":
+        """The same without the choice of a code: its latents are real-valued, and the same decoder takes them.
+
+        Raises:
+            ValueError: if the decoder has learned from nothing of the kind.
+        """
+        raise ValueError(
+            f"The decoder of a {type(self).__name__} has learned from its entries alone. Give a tokenizer with finite "
+            "scalar quantisation, or a continuous one."
+        )
+
 
 class VectorQuantizer(Quantizer):
     r"""Nearest codebook entry, the codebook being a moving average of the vectors that chose it.

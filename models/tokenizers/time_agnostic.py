@@ -10,13 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from models.blocks.conv import Padding, SamePadConv3d, SamePadConvTranspose3d, Stream, TimePlacement
 from models.blocks.norm import Norm, make_norm
 from models.blocks.residual import ResBlock
-from models.tokenizers.networks import VideoDecoder, VideoEncoder
+from models.tokenizers.networks import VideoDecoder, VideoEncoder, from_patches, to_patches
 
 MakeNorm = Callable[[int], nn.Module]
 MakeConv = Callable[..., SamePadConv3d]
@@ -116,9 +115,7 @@ class TimeAgnosticEncoder(VideoEncoder):
         Returns:
             `[B, out_channels, t, h, w]`.
         """
-        p = self.patch_size
-        h = rearrange(video, "b c t (h p) (w q) -> b (c p q) t h w", p=p, q=p)
-        h = self.conv_first(h, stream)
+        h = self.conv_first(to_patches(video, self.patch_size), stream)
         for stage in self.conv_blocks:
             h = stage(h, stream)
         return self.final_block(h)
@@ -188,8 +185,7 @@ class TimeAgnosticDecoder(VideoDecoder):
         h = self.final_block(features)
         for stage in self.conv_blocks:
             h = stage(h, stream)
-        p = self.patch_size
-        h = rearrange(self.conv_last(h, stream), "b (c p q) t h w -> b c t (h p) (w q)", p=p, q=p)
+        h = from_patches(self.conv_last(h, stream), self.patch_size)
         return self.without_partial_latents(h, features.shape[2]) if self.padding == "real" else h
 
 

@@ -1,5 +1,6 @@
 """The 3D-VQGAN: an encoder, a quantizer and a decoder behind one interface."""
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -75,38 +76,62 @@ class VQGAN3D(nn.Module):
         """Number of codes; None if the latents are continuous."""
         return self.quantizer.codebook_size
 
-    def forward(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Encoded]:
+    def unrounded(self) -> "VQGAN3D":
+        """The same networks, not copied, without the choice of a code: for models of real-valued latents.
+
+        Raises:
+            ValueError: if the decoder has learned from codebook entries alone.
+        """
+        other = copy.copy(self)
+        other._modules = self._modules | {"quantizer": self.quantizer.unrounded()}  # a copy shares the table itself
+        return other
+
+    def forward(
+        self, video: Tensor, generator: torch.Generator | None = None, is_image: Tensor | None = None
+    ) -> tuple[Tensor, Encoded]:
         """Reconstruct, as training needs it.
 
         Args:
             video: `[B, 3, T, H, W]` in [-1, 1].
             generator: for the quantizer's random choices.
+            is_image: as for `encode`; the reconstruction of such a row is that of its image, repeated.
 
         Returns:
             The reconstruction of `reconstructed_frames(video)` in the native range, not clamped, and what `encode`
             returns.
         """
-        encoded = self.encode(video, generator)
-        return self.decode_native(encoded.latents), encoded
+        encoded = self.encode(video, generator, is_image)
+        return hold_images(self.decode_native(encoded.latents), is_image), encoded
 
-    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Encoded:
+    def encode(
+        self, video: Tensor, generator: torch.Generator | None = None, is_image: Tensor | None = None
+    ) -> Encoded:
         """Encode and quantise.
 
         Args:
             video: `[B, 3, T, H, W]` in [-1, 1].
             generator: for the quantizer's random choices in training; equal on all ranks.
+            is_image: `[B]` bool, rows of a causal tokenizer's batch that hold an image in their first frame. What is
+                behind it is not looked at: the latent of the image is repeated, so that losses, statistics and the
+                codebook take such a row for as much as a video, and for nothing but its image.
 
         Returns:
             Latents `[B, D, t, h, w]`, codes `[B, t, h, w]` if there are any, weighted loss terms and statistics. Those
             of a video that passed in pieces are means over its latents, but the use of codes is that of them all.
 
         Raises:
-            ValueError: if the clip's size does not fit; the message names the nearest sizes that do.
+            ValueError: if the clip's size does not fit; the message names the nearest sizes that do. If there are
+                images besides longer videos, and the tokenizer is not causal.
         """
         grid = self.latent_shape(*video.shape[2:])
-        if not self._passes_in_pieces(self.encoder, video.shape[2]):
-            features = self.encoder(self.to_native(video))  # [B, C, t, h, w]
-            return self.quantizer(self.pre_vq_conv(features), generator)
+        if is_image is not None and not self.encoder.is_causal and grid[0] > 1 and bool(is_image.any()):
+            raise ValueError(
+                f"The batch holds images besides videos, and {type(self.encoder).__name__} is not causal: only a "
+                "causal one knows an image from the first frame of a video. Leave the images out (--data.image_ratio)."
+            )
+        if is_image is not None or not self._passes_in_pieces(self.encoder, video.shape[2]):
+            features = self.encoder(self.to_native(hold_images(video, is_image)))  # [B, C, t, h, w]
+            return self.quantizer(hold_images(self.pre_vq_conv(features), is_image), generator)
         return self._joined(self.iter_encode(video), len(video), grid)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -281,6 +306,11 @@ class VQGAN3D(nn.Module):
     def context_frames(self) -> int | None:
         """How many frames around a window its codes depend on, to either side; None for the whole clip."""
         return self.encoder.context_frames()
+
+
+def hold_images(x: Tensor, is_image: Tensor | None) -> Tensor:
+    """Of `[B, C, T, H, W]`, show in each row that is an image (`[B]` bool) its first frame all the time."""
+    return x if is_image is None else torch.where(is_image.view(-1, 1, 1, 1, 1), x[:, :, :1], x)
 
 
 def pieces(videos: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, bool]]:

@@ -145,7 +145,8 @@ def toy_tokenizer_size(config: dict[str, Any]) -> dict[str, Any]:
     if quantizer in ("VectorQuantizer", "GradientVectorQuantizer"):
         flags["model.tokenizer.quantizer.codebook_size"] = 16
     if encoder == "TimeAgnosticEncoder":
-        return flags | {"model.tokenizer.quantizer.dim": 8, "model.discriminator_channels": 4}
+        dim = {"model.tokenizer.quantizer.dim": 8} if quantizer == "VectorQuantizer" else {}
+        return flags | dim | {"model.discriminator_channels": 4}
     for network in ("encoder", "decoder"):
         flags |= {f"model.tokenizer.{network}.{name}": n for name, n in (("norm_groups", 2), ("num_res_blocks", 1))}
     discriminator = {"base_channels": 2, "num_frames": toy_frames, "resolution": 32}

@@ -49,3 +49,12 @@ def test_sample_asks_for_a_checkpoint_that_exists() -> None:
     result = make("sample", "EXP=mebt_16f", "CKPT=nowhere.ckpt")
     assert result.returncode != 0
     assert "CKPT='nowhere.ckpt' is no file" in result.stdout
+
+
+def test_import_weights_asks_for_a_file_and_prints_its_command() -> None:
+    result = make("import-weights", "SOURCE=nowhere.ckpt", "DEST=weights/mine")
+    assert result.returncode != 0
+    assert "SOURCE='nowhere.ckpt' is no file" in result.stdout
+    words = ["SOURCE=a.ckpt", "DEST=weights/mine", "ARGS=--downsample 4 8 8"]
+    out = make("--dry-run", "import-weights", *words).stdout
+    assert out.splitlines()[-1].endswith("longtake import-weights a.ckpt weights/mine --downsample 4 8 8")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.vqgan3d import VQGAN3DModule
+from models.blocks.norm import SyncBatchNorm
 from models.metrics.frames import frame_ssim
 from models.random import keyed_generator
 from models.tokenizers import (
@@ -169,6 +170,26 @@ def test_each_backward_pass_reaches_one_side_only() -> None:
     # the decoder; fake and real for the generator's loss; real and fake for the discriminator's
     assert required == [True, False, False, True, True]
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_neither_side_sees_the_other_ones_step() -> None:
+    """Both gradients are of the weights before the step, so each update is the same whatever the other's length."""
+
+    def after_a_step(lr: float, discriminator_lr_factor: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        torch.manual_seed(1)
+        module = toy_module(lr=lr, discriminator_start_step=0)
+        module.discriminator_lr_factor = discriminator_lr_factor
+        (state,) = fit(module, 1).states
+        sides = [{k: v for k, v in state.items() if k.startswith("tokenizer") == side} for side in (True, False)]
+        return sides[0], sides[1]
+
+    tokenizer, discriminators = after_a_step(1e-2, 1.0)
+    same, slower = after_a_step(1e-2, 0.5)
+    assert equal(tokenizer, same)
+    assert not equal(discriminators, slower)
+    faster, as_before = after_a_step(2e-2, 0.5)
+    assert equal(discriminators, as_before)
+    assert not equal(tokenizer, faster)
 
 
 def test_gradients_are_clipped_for_each_optimizer_by_itself() -> None:
@@ -440,6 +461,16 @@ def test_r1_reaches_the_discriminators_loss() -> None:
     assert judgement["disc_accuracy"] == right
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_r1_asks_batch_norm_for_second_derivatives(weight: float) -> None:
+    """Over several GPUs, torch's layer has none; what the CPU does has, see `penalise` of the two ranks."""
+    module = toy_module(r1_weight=weight)
+    for network in (module.image_discriminator, module.video_discriminator):
+        norms = [layer for layer in network.modules() if isinstance(layer, SyncBatchNorm)]
+        assert norms
+        assert all(norm.twice_differentiable == (weight > 0) for norm in norms)
+
+
 def test_a_discriminator_without_weight_is_refused() -> None:
     with pytest.raises(ValueError, match=r"video_discriminator has no use: video_gan_weight=0\.0"):
         toy_module(video_discriminator=Critic(), video_gan_weight=0.0)
@@ -510,6 +541,51 @@ def test_validation_measures_ssim_and_lpips_of_what_is_shown(weight: float, monk
 def test_a_curriculum_batch_trains_on_the_video_it_holds() -> None:
     window = batch(0) | {"window_start": 4, "window_frames": 2, "margin_before": 1}
     assert fit(toy_module(), 1, DataLoader([window], batch_size=None)).steps == [1]
+
+
+def mixed_batch(tail: float) -> dict[str, Any]:
+    """A video, and an image with something behind it."""
+    video = torch.rand(2, 3, 5, 8, 8, generator=keyed_generator(0)) * 2 - 1
+    video[1, :, 1:] = tail
+    return {"video": video, "is_image": torch.tensor([False, True])}
+
+
+def causal_module() -> VQGAN3DModule:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"base_channels": 2, "downsample": (2, 2, 2), "time_placement": "causal"}
+    tokenizer = VQGAN3D(TimeAgnosticEncoder(**options), VectorQuantizer(8, 3), TimeAgnosticDecoder(**options))
+    return toy_module(tokenizer, discriminator_start_step=0)
+
+
+def test_nothing_behind_an_image_counts() -> None:
+    """Neither in a loss or a statistic, nor in a gradient, the codebook or batch norm."""
+    runs = []
+    for tail in (-1.0, 0.7):
+        module = causal_module()
+        recorder = fit(module, 2, DataLoader([mixed_batch(tail)] * 2, batch_size=None))
+        scores = trainer().validate(module, DataLoader([mixed_batch(tail)], batch_size=None), verbose=False)
+        runs.append((recorder.logged, recorder.states, scores))
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][2] == runs[1][2]
+    assert equal(runs[0][1][-1], runs[1][1][-1])
+
+
+def test_an_image_counts_as_the_still_video_that_it_begins() -> None:
+    mixed, still = mixed_batch(-1.0), mixed_batch(-1.0)
+    still["video"][1] = still["video"][1, :, :1]
+    reconstruction, encoded = causal_module().tokenizer(mixed["video"], is_image=mixed["is_image"])
+    plain, _ = causal_module().tokenizer(still["video"])
+    assert torch.equal(reconstruction[1], reconstruction[1, :, :1].expand_as(reconstruction[1]))
+    assert torch.equal(encoded.codes[1], encoded.codes[1, :1].expand_as(encoded.codes[1]))
+    assert not torch.equal(reconstruction[0, :, 0], reconstruction[0, :, 1])
+    assert not torch.equal(plain[1], plain[1, :, :1].expand_as(plain[1]))  # it is not by chance that frames are equal
+
+
+def test_images_besides_videos_need_a_causal_tokenizer() -> None:
+    mixed = mixed_batch(0.0)
+    with pytest.raises(ValueError, match="TimeAgnosticEncoder is not causal"):
+        toy_module().tokenizer(mixed["video"][:, :, :4], is_image=mixed["is_image"])
+    toy_module().tokenizer(mixed["video"][:, :, :4], is_image=torch.tensor([False, False]))
 
 
 def test_float16_is_refused_before_training_starts() -> None:

@@ -3,9 +3,10 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from toy_networks import causal, noise
 
 from models.random import keyed_generator
-from models.tokenizers import FiniteScalarQuantizer
+from models.tokenizers import FiniteScalarQuantizer, VectorQuantizer
 
 
 def features(dim: int, scale: float = 1.0) -> Tensor:
@@ -75,3 +76,27 @@ def test_latents_between_levels_go_to_the_nearest() -> None:
 def test_levels_that_cannot_tell_anything_apart_are_refused(levels: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least 2 values for each channel"):
         FiniteScalarQuantizer(levels)
+
+
+def test_what_is_rounded_can_be_had_before_that() -> None:
+    """One tokenizer for models of codes and of real values: the latents are within half a step of each other."""
+    tokenizer = causal(FiniteScalarQuantizer((8, 5)))
+    real = tokenizer.unrounded()
+    video = noise(1, 3, 9, 16, 16)
+    rounded, encoded = tokenizer.encode(video), real.encode(video)
+    assert tokenizer.codebook_size == 40
+    assert real.codebook_size is None
+    assert encoded.codes is None
+    assert torch.equal(tokenizer.latents_to_codes(encoded.latents), rounded.codes)
+    steps = (encoded.latents - rounded.latents).abs() * torch.tensor([4, 2]).view(1, 2, 1, 1, 1)
+    assert 0.4 < steps.max() <= 0.5 + 1e-3 * 4
+    assert torch.equal(real.decode(rounded.latents), tokenizer.decode(rounded.latents))
+    assert not torch.equal(real.decode(encoded.latents), tokenizer.decode(rounded.latents))
+    assert real.decoder is tokenizer.decoder
+    assert real.state_dict().keys() == tokenizer.state_dict().keys()
+    assert real.unrounded().encode(video).latents.equal(encoded.latents)
+
+
+def test_entries_of_a_codebook_cannot_be_left_out() -> None:
+    with pytest.raises(ValueError, match="learned from its entries alone"):
+        causal(VectorQuantizer(4, 2)).unrounded()

@@ -1,13 +1,16 @@
 """MAGVIT's encoder and decoder: layer lists, published sizes, and that every latent sees the whole clip."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy_networks import frames_that_differ, magvit, noise
+from toy_networks import causal, frames_that_differ, magvit, noise
 
 from models.tokenizers import VQGAN3D, GradientVectorQuantizer, MAGVITDecoder, MAGVITEncoder
 from models.tokenizers.magvit import AveragePool
+from models.tokenizers.networks import from_patches, to_patches
 
 
 def size(network: nn.Module) -> int:
@@ -127,3 +130,21 @@ def test_average_pooling_counts_real_entries_alone() -> None:
     assert y.shape == (1, 2, 1, 3, 2)  # one frame stays one frame
     assert torch.allclose(y[:, :, 0, :2], F.avg_pool2d(x[:, :, 0, :4], 2))
     assert torch.allclose(y[0, 0, 0, 2, 0], x[0, 0, 0, 4, :2].mean())
+
+
+@pytest.mark.parametrize("make", [magvit, causal])
+def test_patches_are_channels_of_the_first_and_the_last_convolution_alone(make: Callable[..., VQGAN3D]) -> None:
+    patched, plain = make(patch_size=2), make()
+    for network in (patched.encoder, patched.decoder):
+        first = "conv_first" if network is patched.encoder else "conv_last"
+        channels = network.get_submodule(f"{first}.conv").weight.shape
+        assert channels[1 if first == "conv_first" else 0] == 3 * 4
+    video = noise(1, 3, 9 if patched.encoder.is_causal else 8, 16, 24)
+    patched.encoder.layers, patched.encoder.final_block = plain.encoder.layers, plain.encoder.final_block
+    plain.encoder.conv_first = patched.encoder.conv_first
+    features = patched.encoder(video)
+    assert torch.equal(features, plain.encoder(to_patches(video, 2)))
+    assert features.shape[2:] == patched.latent_shape(*video.shape[2:])
+    assert patched.downsample == (4, 8, 8)
+    assert patched.decode(patched.encode(video).latents).shape == video.shape
+    assert torch.equal(from_patches(to_patches(video, 2), 2), video)
