@@ -446,7 +446,7 @@ class LongtakeCLI(LightningCLI):
         dumped = self._parser(command).dump(config, skip_none=False, skip_link_targets=False, format="json")
         given = json.loads(dumped)["model"]
         now = {"_class_path": given["class_path"], **given["init_args"]}
-        # A checkpoint does not bind how to sample, nor where tokenizers lie: their hashes are checked when it is loaded.
+        # A checkpoint does not bind how to sample, nor where tokenizers lie: their hashes are checked when it is read.
         tokenizers = ("tokenizer", "text_tokenizer", "audio_tokenizer")
         free = {"sampling"} | {key for key in tokenizers if isinstance(now.get(key), str)}
         differing = [

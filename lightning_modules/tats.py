@@ -243,7 +243,8 @@ class TATSModule(VideoGenerator):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse other tokenizers than those that the weights were trained on."""
         super().on_load_checkpoint(checkpoint)
-        if checkpoint.get("condition_digest") != self.condition_digest:
+        # a released model of text does not say which words its ids stand for
+        if checkpoint.get("condition_digest", self.condition_digest) != self.condition_digest:
             raise ValueError(
                 "The checkpoint was trained with another tokenizer of its condition. Give the one it was trained with "
                 "(--model.text_tokenizer, --model.audio_tokenizer)."
