@@ -274,7 +274,7 @@ class TATSModule(VideoGenerator):
             if label is not None:
                 raise ValueError("This TATS is unconditional: generate it without a label.")
             return None
-        if label is None or label.shape != (num_samples,) or label.min() < 0 or label.max() >= self.num_classes:
+        if label is None or label.shape != (num_samples,):
             came = "none" if label is None else label.tolist()
             raise ValueError(
                 f"Labels are {came}: expected {num_samples} of the classes 0 to {self.num_classes - 1} (--label)."
@@ -473,6 +473,13 @@ class TATSModule(VideoGenerator):
         """What sequences begin with; twice, the second time without the condition, if that is to be guided by."""
         if not isinstance(condition, TATSCondition):
             condition = TATSCondition(label=condition.label)
+        label = condition.label
+        # not in training, where a look at the values would wait for the device
+        if label is not None and self.num_classes and not ((label >= 0) & (label < self.num_classes)).all():
+            raise ValueError(
+                f"Labels are {label.tolist()}: expected {num_samples} of the classes 0 to {self.num_classes - 1} "
+                "(--label)."
+            )
         start = self.network.condition_tokens(num_samples, self.condition_of(condition, num_samples))
         if sampling.guidance_scale == 1:
             return start
@@ -510,8 +517,14 @@ class TATSModule(VideoGenerator):
         """
         codes = self.generate_codes(condition, num_frames, seeds, sampling)
         tokenizer = self._placed_tokenizer()
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            yield from tokenizer.iter_decode(tokenizer.codes_to_latents(frame) for frame in codes.split(1, dim=1))
+        pieces = tokenizer.iter_decode(tokenizer.codes_to_latents(frame) for frame in codes.split(1, dim=1))
+        while True:
+            # around each piece: a context around a `yield` would hold for whoever is given the piece, too
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     @torch.no_grad()
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ def test_experiment_learns_in_20_steps_at_toy_size(
         "batch_size": 4,
         "num_train": 8,
         "num_val": 4,
+        "num_workers": 0,
         "num_frames": min(config["data"]["init_args"]["num_frames"], 32),
         "captions": name == "tats_mugen",
         "audio": name == "tats_drums",

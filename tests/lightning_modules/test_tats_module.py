@@ -135,7 +135,7 @@ def test_a_causal_model_has_nothing_given_away(module: TATSModule) -> None:
     assert module.logged["val/loss"] != pytest.approx(math.log(16), rel=1e-3)
 
 
-def test_a_uniform_model_of_101_classes_knows_97102_nats_less_than_all(tokenizer_bundle: Path) -> None:
+def test_a_model_without_a_head_is_as_surprised_as_a_uniform_one(tokenizer_bundle: Path) -> None:
     module = make_module(tokenizer_bundle, num_classes=101)
     nn.init.zeros_(module.network.head.weight)
     loss = module.training_step({"codes": random_codes(), "label": torch.tensor([7, 100])}, 0)
@@ -417,7 +417,11 @@ def test_pixels_of_long_videos_come_in_pieces_of_constant_size(module: TATSModul
     def largest(num_frames: int) -> tuple[int, Tensor]:
         """Elements of the largest tensor that any operation makes, and the frames."""
         with LargestTensor() as mode:
-            pieces = list(module.iter_generate(Condition(), num_frames, seeds))
+            pieces = []
+            for piece in module.iter_generate(Condition(), num_frames, seeds):
+                assert torch.is_grad_enabled()  # for whoever is given the piece
+                assert not piece.requires_grad
+                pieces.append(piece)
         assert len(pieces) > 1
         return mode.elements, torch.cat(pieces, dim=2)
 
@@ -509,5 +513,6 @@ def test_key_frames_and_frames_between_make_one_video(tokenizer_bundle: Path, tm
     assert torch.equal(keys.generate_codes(Condition(), 44, torch.tensor([4]))[0], together[1])
     longer = keys.generate_codes(Condition(), 52, torch.tensor([3, 4]))  # the same four keys, all of the last gap
     assert torch.equal(longer[:, :11], together)
+    assert keys.generate_codes(Condition(), 260, torch.tensor([3])).shape == (1, 65, 4, 4)  # 17 keys, 16 gaps
     keys_alone = keys.sample_videos({}, torch.tensor([3]))
     assert keys_alone.shape == (1, 3, 8, 32, 32)  # two key frames, one after the other

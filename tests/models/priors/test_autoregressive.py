@@ -118,6 +118,19 @@ def test_the_nucleus_works_without_top_k_unless_released() -> None:
     assert torch.equal(TokenFilter(top_k=10, top_p=0.5, needs_top_k=True).probabilities(ROW), with_all)
 
 
+def test_filters_that_keep_all_change_nothing_and_the_narrowest_keeps_the_best() -> None:
+    everything = ROW.softmax(0)
+    expected = [0.047395795, 0.21241322, 0.010575431, 0.21241322, 0.022388188,
+                0.1003369, 0.0049954801, 0.036911882, 0.35021019, 0.0023596977]  # fmt: skip
+    assert everything.tolist() == pytest.approx(expected, rel=1e-5)
+    for same in (TokenFilter(), TokenFilter(top_k=10), TokenFilter(top_p=1.0), TokenFilter(top_k=10, top_p=1.0)):
+        assert torch.allclose(same.probabilities(ROW), everything)
+    for best in (TokenFilter(top_k=10, top_p=1e-9), TokenFilter(top_k=1)):
+        assert best.probabilities(ROW).nonzero().flatten().tolist() == [8]
+    assert TokenFilter(top_k=2).probabilities(ROW).count_nonzero() == 3  # a tie at the threshold
+    assert torch.allclose(TokenFilter(top_p=0.5, needs_top_k=True).probabilities(ROW), everything)
+
+
 def test_a_token_stays_when_those_before_it_just_reach_top_p() -> None:
     assert TokenFilter(top_p=0.5).probabilities(torch.zeros(4)).count_nonzero() == 3
 
