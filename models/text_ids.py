@@ -9,6 +9,7 @@ Three ways, by what `load_text_ids` is given:
 
 import gzip
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -130,12 +131,12 @@ def load_text_ids(source: str) -> TextIds:
 
 def _of_transformers(folder: Path) -> TextIds:
     try:
-        from transformers import AutoTokenizer
+        library = importlib.import_module("transformers")
     except ImportError as error:
         raise ValueError(
             f"{folder} is a folder: the `text` extra reads it, which is not installed (pip install 'longtake[text]')."
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     names = json.dumps(sorted(tokenizer.get_vocab().items()))
     return TextIds(
         len(tokenizer), lambda text: list(tokenizer(text)["input_ids"]), hashlib.sha256(names.encode()).hexdigest()

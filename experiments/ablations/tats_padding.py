@@ -67,7 +67,7 @@ SIZES = {
         (0,),
         tokenizer_steps=2,
         prior_steps=2,
-        clips=4,
+        clips=8,
         videos=2,
         frames=32,
         flags=(*TINY, "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
@@ -143,10 +143,10 @@ def train_prior(place: Path, experiment: str, tokenizer: Path, seed: int, size: 
     common = [config, f"--model.tokenizer={tokenizer}", f"--seed_everything={seed}", *size.prior_flags, *flags]
     codes = place / "codes"
     run(["tokenize", *common, *size.flags, f"--data.num_train={size.clips}", f"--out={codes}"])
-    kept = [flag for flag in size.flags if not flag.startswith("--data.")]
+    kept = [flag for flag in size.flags if not flag.startswith("--data.num_")]  # which only the world has
     steps = [f"--trainer.max_steps={size.prior_steps}", f"--trainer.val_check_interval={-(-size.prior_steps // 10)}"]
     cached = ["--data=TokenDataModule", f"--data.root={codes}", "--samples.at_validation=false"]
-    run(["fit", *common, *kept, *steps, *cached, f"--run_root={place}"])
+    run(["fit", *common, *cached, *kept, *steps, f"--run_root={place}"])
     return place / experiment / "version_0"
 
 

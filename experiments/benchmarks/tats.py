@@ -195,7 +195,7 @@ def plot(measurements: list[Measurement], file: Path) -> None:
         ]
         frames, seconds, megabytes = zip(*mine, strict=True)
         for panel, values in zip(axes, (seconds, megabytes), strict=True):
-            panel.loglog(frames, values, marker="o", label=name)
+            panel.loglog(frames, [max(value, 0.1) for value in values], marker="o", label=name)  # no zeros on a log
             panel.set_xticks(frames, [str(count) for count in frames], minor=False)
             panel.set_xlabel("frames")
     axes[0].set_ylabel("seconds a sample")

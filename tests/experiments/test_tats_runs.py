@@ -156,9 +156,7 @@ def model_classes(config: dict[str, Any]) -> int:
     return config["model"]["init_args"]["num_classes"]
 
 
-def test_the_tokenizer_of_sound_learns_in_20_steps(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tokenizer_of_sound_learns_in_20_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SpectrogramDataModule, "prepare_data", lambda self: None)
     sounds = {split: MovingShapes(split, 8, 8, resolution=32, audio=True) for split in ("train", "val")}
