@@ -265,8 +265,8 @@ class TATSModule(VideoGenerator):
         if options["audio_tokenizer"] is not None:
             expected = (num_samples, 1, self.num_frames, *SPECTROGRAM)
             if audio is None or audio.shape != expected or label is not None or text is not None:
-                came = "none" if audio is None else tuple(audio.shape)
-                raise ValueError(f"This TATS hears: expected sound of {expected} and no other condition, got {came}.")
+                given = "none" if audio is None else f"{tuple(audio.shape)}"
+                raise ValueError(f"This TATS hears: expected sound of {expected} and no other condition, got {given}.")
             return self._heard(audio)
         if text is not None or audio is not None:
             raise ValueError("This TATS is not conditioned on text or sound.")
@@ -275,7 +275,7 @@ class TATSModule(VideoGenerator):
                 raise ValueError("This TATS is unconditional: generate it without a label.")
             return None
         if label is None or label.shape != (num_samples,):
-            came = "none" if label is None else label.tolist()
+            came = "none" if label is None else f"{label.tolist()}"
             raise ValueError(
                 f"Labels are {came}: expected {num_samples} of the classes 0 to {self.num_classes - 1} (--label)."
             )
