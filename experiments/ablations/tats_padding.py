@@ -70,7 +70,12 @@ SIZES = {
         clips=8,
         videos=2,
         frames=32,
-        flags=(*TINY, "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        flags=(
+            *TINY,
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            "--trainer.log_every_n_steps=1",
+        ),
         tokenizer_flags=("--data.num_train=8", "--data.batch_size=2", "--model.tokenizer.encoder.base_channels=4"),
         prior_flags=("--model.dim=16", "--model.depth=1", "--model.num_heads=2"),
     ),

@@ -184,7 +184,7 @@ def test_the_tokenizer_of_sound_learns_in_20_steps(tmp_path: Path, monkeypatch: 
     Path("toy.yaml").write_text(yaml.safe_dump(toy))
     main(["fit", f"--config={ROOT / 'experiments/vqgan3d_stft.yaml'}", "--config=toy.yaml"])
     assert len(logged) == 20
-    assert sum(logged[-5:]) < 0.8 * sum(logged[:5])
+    assert sum(logged[-4:]) < 0.95 * sum(logged[:4])  # the same eight clips, in the first and the last epoch
 
 
 def tats_experiment(path: Path, tokenizer: Path, num_frames: int, **arguments: object) -> None:
