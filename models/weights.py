@@ -156,6 +156,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 class Foreign:
     """Stands for an object of a class that is not ours: it holds the state that was pickled, and does nothing."""
 
+    state: object = None  # of one that was pickled without any: pickle calls no constructor
+
     def __init__(self, *args: object, **options: object) -> None:
         self.state: object = args
 

@@ -176,7 +176,7 @@ def roll_out(place: Path, padding: str, seed: int, size: Size) -> tuple[Curve, d
         metric.reset_generated()
         metric.update(features(detector, video[:, :, start : start + PIECE], model.device), real=False)
         curve.append((float(start), metric.compute().item()))
-    last = [distance for start, distance in curve if start >= 0.75 * size.frames]
+    last = [distance for start, distance in curve if start + PIECE > 0.75 * size.frames]
     few = video[: min(8, size.videos)]
     return curve, {
         "drift": sum(last) / len(last) - curve[0][1],

@@ -210,7 +210,7 @@ def test_a_released_file_becomes_what_sample_takes(
 
 def test_what_no_shape_tells_is_asked_for(golden_tensor: GoldenTensor, tmp_path: Path) -> None:
     path = released_file(tmp_path / "a.ckpt", golden_tensor, (4, 2, 2), arguments={})
-    with pytest.raises(ValueError, match=r"does not say how much its tokenizer downsamples: give --downsample .*4 8 8"):
+    with pytest.raises(ValueError, match=r"how much its tokenizer downsamples: give --downsample, .*4 8 8"):
         import_tats_transformer(path)
     with pytest.raises(ValueError, match="does not say its resolution, and no shape tells: give --resolution"):
         import_tats_transformer(path, (4, 8, 8))
