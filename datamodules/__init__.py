@@ -9,6 +9,7 @@ from datamodules.images import ImageFolderDataModule
 from datamodules.k600 import K600DataModule
 from datamodules.mixed import MixedDataModule
 from datamodules.shapes import MovingShapesDataModule
+from datamodules.spectrograms import SpectrogramDataModule
 from datamodules.ssv2 import SSV2DataModule
 from datamodules.tokens import TokenDataModule
 from datamodules.ucf101 import UCF101DataModule
@@ -24,6 +25,7 @@ __all__ = [
     "MixedDataModule",
     "MovingShapesDataModule",
     "SSV2DataModule",
+    "SpectrogramDataModule",
     "TokenDataModule",
     "UCF101DataModule",
 ]

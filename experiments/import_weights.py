@@ -1,9 +1,15 @@
-"""`longtake import-weights`: turn a tokenizer that TATS has released into a bundle. Nothing in the file is executed."""
+"""`longtake import-weights`: turn what TATS has released into bundles. Nothing in the file is executed.
+
+A tokenizer becomes one bundle. A transformer, which holds its tokenizers, becomes a folder with a bundle of each, and
+`prior.ckpt`, a checkpoint for `longtake sample`.
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.import_tats import add_transformer_options, write_transformer
+from models.import_tats import is_tats_transformer
 from models.weights import import_tats_tokenizer, save_bundle
 
 
@@ -19,8 +25,12 @@ def main(args: Sequence[str]) -> None:
         metavar=("FRAMES", "ROWS", "COLUMNS"),
         help="what one code covers, which no shape tells; needed if the checkpoint does not say",
     )
+    add_transformer_options(parser)
     options = parser.parse_args(args)
     downsample = tuple(options.downsample) if options.downsample else None
+    if is_tats_transformer(options.source):
+        write_transformer(options, downsample)
+        return
     tokenizer, config, provenance = import_tats_tokenizer(options.source, downsample)
     save_bundle(options.destination, tokenizer, config, provenance)
     parameters = sum(parameter.numel() for parameter in tokenizer.parameters())

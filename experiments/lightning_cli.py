@@ -457,7 +457,7 @@ class LongtakeCLI(LightningCLI):
         given = json.loads(dumped)["model"]
         now = {"_class_path": given["class_path"], **given["init_args"]}
         # A checkpoint does not bind how to sample, nor where tokenizers lie: their hashes are checked on loading.
-        places = ("tokenizer", "low_res_tokenizer", "t5_weights")
+        places = ("tokenizer", "low_res_tokenizer", "text_tokenizer", "audio_tokenizer", "t5_weights")
         free = {"sampling"} | {key for key in places if isinstance(now.get(key), str)}
         differing = [
             f"  {key.lstrip('_')}: {saved[key]!r} in the checkpoint, {now[key]!r} given"

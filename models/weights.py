@@ -156,6 +156,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 class Foreign:
     """Stands for an object of a class that is not ours: it holds the state that was pickled, and does nothing."""
 
+    state: object = None  # of one that was pickled without any: pickle calls no constructor
+
     def __init__(self, *args: object, **options: object) -> None:
         self.state: object = args
 
@@ -179,7 +181,8 @@ def read_foreign_checkpoint(path: Path) -> dict[str, Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         inert: list[Any] = [(type(name.rpartition(".")[2], (Foreign,), {}), name) for name in names]
         with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: the moments of the optimizer, most of such a file, are never read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         kinds = ", ".join(re.findall(r"GLOBAL (\S+)", str(error))) or "what is neither tensor nor plain value"
         raise ValueError(f"{path} asks for {kinds}. That could run any code: refused.") from error
@@ -189,7 +192,7 @@ def read_foreign_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def import_tats_tokenizer(
-    path: Path, downsample: tuple[int, int, int] | None = None
+    path: Path, downsample: tuple[int, int, int] | None = None, prefix: str = ""
 ) -> tuple[VQGAN3D, dict[str, Any], dict[str, Any]]:
     """Read a tokenizer that TATS has released (or MeBT, whose tokenizer is the same).
 
@@ -200,6 +203,7 @@ def import_tats_tokenizer(
     Args:
         path: A Lightning checkpoint of the official code.
         downsample: Frames, rows and columns that one code covers; None takes them from the stored hyper-parameters.
+        prefix: Beginning of the tokenizer's names, in a checkpoint that holds more.
 
     Returns:
         The tokenizer, the configuration that `build` makes it from, and where its weights come from.
@@ -214,9 +218,10 @@ def import_tats_tokenizer(
         raise ValueError(f"{path} is no Lightning checkpoint: it holds no state_dict.")
     stored = (checkpoint.get("hyper_parameters") or {}).get("args")
     arguments = stored.state if isinstance(stored, Foreign) and isinstance(stored.state, dict) else {}
+    names = {name: name[len(prefix) :] for name in checkpoint["state_dict"] if name.startswith(prefix)}
     state = {
-        re.sub(r"^codebook\.", "quantizer.", name): tensor
-        for name, tensor in checkpoint["state_dict"].items()
+        re.sub(r"^codebook\.", "quantizer.", name): checkpoint["state_dict"][whole]
+        for whole, name in names.items()
         if not name.startswith(_TATS_TRAINING_ONLY)
     }
     if foreign := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:

@@ -40,6 +40,7 @@ class Comparison:
         lower_is_better: Its direction.
         watched: What the curves show, with its unit.
         setting: Sizes, steps, data: what a reader must know to judge the numbers.
+        along: What the curves run along.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Comparison:
     lower_is_better: bool
     watched: str
     setting: str
+    along: str = "step"
 
     def arms(self) -> dict[str, list[Run]]:
         """Runs by arm, in the order of the first appearance."""
@@ -149,7 +151,7 @@ def _plot(comparison: Comparison, file: Path) -> None:
         for number, run in enumerate(runs):
             steps, values = zip(*run.curve, strict=True)
             axes.plot(steps, values, color=f"C{color}", alpha=0.8, label=arm if number == 0 else None)
-    axes.set_xlabel("step")
+    axes.set_xlabel(comparison.along)
     axes.set_ylabel(comparison.watched)
     axes.set_title(f"{comparison.title}: {comparison.verdict()}")
     axes.grid(alpha=0.3)

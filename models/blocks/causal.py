@@ -27,9 +27,9 @@ class KVCache:
         self._slots = torch.empty(0)
         self.mask: Tensor | None = None
 
-    def clear(self) -> None:
-        """Forget the sequence, keep the memory."""
-        self.filled = 0
+    def clear(self, kept: int = 0) -> None:
+        """Forget the sequence but its first `kept` tokens, keep the memory."""
+        self.filled = min(self.filled, kept)
 
     def reserve(self, count: int, device: torch.device, visible: Tensor | None = None) -> None:
         """Prepare to add tokens: call once before the layers, and `commit` after them.

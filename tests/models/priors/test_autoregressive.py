@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.priors.autoregressive import (
     AutoregressiveSampling,
     TokenFilter,
+    balanced_classes,
     continue_codes,
     fill_between,
     fill_gaps,
@@ -115,6 +116,19 @@ def test_the_nucleus_works_without_top_k_unless_released() -> None:
     assert with_all.count_nonzero() == 2
     assert torch.equal(TokenFilter(top_p=0.5, needs_top_k=True).probabilities(ROW), ROW.softmax(0))
     assert torch.equal(TokenFilter(top_k=10, top_p=0.5, needs_top_k=True).probabilities(ROW), with_all)
+
+
+def test_filters_that_keep_all_change_nothing_and_the_narrowest_keeps_the_best() -> None:
+    everything = ROW.softmax(0)
+    expected = [0.047395795, 0.21241322, 0.010575431, 0.21241322, 0.022388188,
+                0.1003369, 0.0049954801, 0.036911882, 0.35021019, 0.0023596977]  # fmt: skip
+    assert everything.tolist() == pytest.approx(expected, rel=1e-5)
+    for same in (TokenFilter(), TokenFilter(top_k=10), TokenFilter(top_p=1.0), TokenFilter(top_k=10, top_p=1.0)):
+        assert torch.allclose(same.probabilities(ROW), everything)
+    for best in (TokenFilter(top_k=10, top_p=1e-9), TokenFilter(top_k=1)):
+        assert best.probabilities(ROW).nonzero().flatten().tolist() == [8]
+    assert TokenFilter(top_k=2).probabilities(ROW).count_nonzero() == 3  # a tie at the threshold
+    assert torch.allclose(TokenFilter(top_p=0.5, needs_top_k=True).probabilities(ROW), everything)
 
 
 def test_a_token_stays_when_those_before_it_just_reach_top_p() -> None:
@@ -223,8 +237,86 @@ def test_the_cache_of_the_first_window_is_used_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(TATS, "extend", counted)
     settings = AutoregressiveSampling(top_k=1, context_frames=1, new_frames=3)
     slide(network, torch.zeros(1, 1, dtype=torch.int64), 7, settings, no_noise)
-    # frames 0-3 one token at a time from the start token; then frame 3 at once, and three frames more
-    assert sizes == [1] * 16 + [5] + [1] * 11
+    # frames 0-3 one token at a time from the start token, which stays; then frame 3 at once, and three frames more
+    assert sizes == [1] * 16 + [4] + [1] * 11
+
+
+class CodesAlone(nn.Module):
+    """The head of a network that has learned not to draw one of its six condition ids."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = self.head(features)
+        return torch.cat([torch.full_like(logits[..., :6], -1e9), logits[..., 6:]], dim=-1)
+
+
+def test_a_long_condition_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_tats((4, 2, 2), condition_size=6, condition_length=5)
+    network.head = CodesAlone(network.head)
+    condition = torch.tensor([[5, 1, 0, 3, 2], [4, 4, 1, 0, 0]])
+    settings = AutoregressiveSampling(top_k=1, context_frames=2, new_frames=1)
+    expected = reference_slide(network, condition, 7, 2, 1)
+    sizes: list[int] = []
+    extend = TATS.extend
+
+    def counted(self: TATS, tokens: Tensor, *rest, **named) -> Tensor:
+        sizes.append(tokens.shape[1])
+        return extend(self, tokens, *rest, **named)
+
+    monkeypatch.setattr(TATS, "extend", counted)
+    assert torch.equal(slide(network, condition, 7, settings, no_noise), expected)
+    assert max(sizes[1:]) == 8  # two frames of context, never the condition again
+
+
+# Guidance
+
+
+def test_a_guided_token_is_drawn_from_the_combined_logits() -> None:
+    network = small_tats(condition_size=6)
+    network.head = CodesAlone(network.head)
+    known, null = torch.tensor([[1], [2]]), torch.tensor([[3], [3]])
+    settings = AutoregressiveSampling(top_k=1, guidance_scale=2.5)
+    codes = slide(network, torch.cat([known, null]), 3, settings, no_noise).flatten(1)
+    tokens = [torch.cat([start, codes + 6], dim=1)[:, :-1] for start in (known, null)]
+    with_it, without = (network(row) for row in tokens)
+    guided = without + 2.5 * (with_it - without)
+    assert torch.equal(guided.argmax(dim=-1) - 6, codes)
+    plain = slide(network, known, 3, replace(settings, guidance_scale=1.0), no_noise).flatten(1)
+    assert not torch.equal(plain, codes)
+
+
+def test_a_guided_window_slides_over_its_own_frames() -> None:
+    network = small_tats(condition_size=4)
+    settings = AutoregressiveSampling(top_k=5, top_p=None, guidance_scale=2.0)
+    start = torch.tensor([[1], [2], [3], [3]])
+    frames = slide(network, start, 5, settings, seeded_noise(torch.tensor([5, 6]), "cpu"))
+    assert frames.shape == (2, 5, 4)
+    alone = slide(network, start[1::2], 5, settings, seeded_noise(torch.tensor([6]), "cpu"))
+    assert torch.equal(frames[1:], alone)
+
+
+# Sets of samples
+
+
+def test_a_set_of_2048_has_20_or_21_of_each_of_101_classes() -> None:
+    classes = balanced_classes(2048, 101)
+    counts = classes.bincount(minlength=101)
+    assert len(classes) == 2048
+    assert counts.max() == 21
+    assert counts.min() >= 15  # 73 of 2,121 are left out at random
+    assert counts.sum() == 2048
+    assert torch.equal(balanced_classes(2048, 101), classes)
+    assert not torch.equal(balanced_classes(2048, 101, seed=1), classes)
+    assert balanced_classes(12, 4).bincount().tolist() == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("name", "value"), [("gaps_at_once", 0), ("guidance_scale", -1.0), ("class_set", 0)])
+def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}={value}: expected at least .*--model\.sampling\.{name}"):
+        AutoregressiveSampling(**{name: value})
 
 
 def test_the_first_window_has_a_filter_of_its_own() -> None:
@@ -285,7 +377,8 @@ def test_17_keys_become_65_frames_with_every_gap_filled_as_if_alone() -> None:
     network = small_tats((5, 2, 2), mask="closed_boundaries")
     keys = torch.randint(9, (2, 17, 4), generator=torch.Generator().manual_seed(1))
     start = torch.zeros(2, 1, dtype=torch.int64)
-    frames = fill_gaps(network, start, keys, GREEDY, no_noise)
+    seeds = torch.arange(32).view(2, 16)
+    frames = fill_gaps(network, start, keys, GREEDY, seeds)
     assert frames.shape == (2, 65, 4)
     assert torch.equal(frames[:, ::4], keys)
     for gap in (0, 7, 15):
@@ -293,10 +386,54 @@ def test_17_keys_become_65_frames_with_every_gap_filled_as_if_alone() -> None:
         assert torch.equal(frames[:, 4 * gap + 1 : 4 * gap + 4], alone)
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_codes_do_not_depend_on_how_many_gaps_are_filled_at_once(released: bool) -> None:
+    network = small_tats((5, 2, 2), mask="closed_boundaries")
+    keys = torch.randint(9, (2, 5, 4), generator=torch.Generator().manual_seed(1))
+    start, seeds = torch.zeros(2, 1, dtype=torch.int64), torch.arange(8).view(2, 4)
+    settings = TokenFilter(top_k=5)
+    together = fill_gaps(network, start, keys, settings, seeds, released)
+    for gaps_at_once in (1, 3):
+        assert torch.equal(fill_gaps(network, start, keys, settings, seeds, released, gaps_at_once), together)
+
+
+def sequential_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each call of a network from now on."""
+    rows: list[int] = []
+    extend = TATS.extend
+
+    def counted(self: TATS, tokens: Tensor, *rest, **named) -> Tensor:
+        rows.append(len(tokens))
+        return extend(self, tokens, *rest, **named)
+
+    monkeypatch.setattr(TATS, "extend", counted)
+    return rows
+
+
+def test_a_hierarchy_of_65_frames_takes_20_frames_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(S / 4 + 1) F for the key frames and 3 F for all gaps, instead of (S + 1) F."""
+    keys_network, between = small_tats((4, 2, 2)), small_tats((5, 2, 2), mask="closed_boundaries")
+    start = torch.zeros(1, 1, dtype=torch.int64)
+    rows = sequential_steps(monkeypatch)
+    keys = slide(keys_network, start, 17, AutoregressiveSampling(top_k=1), no_noise)
+    frames = fill_gaps(between, start, keys, GREEDY, torch.arange(16)[None])
+    assert frames.shape == (1, 65, 4)
+    assert rows == [1] * (17 * 4) + [16] * (3 * 4)
+
+
+def test_a_causal_network_goes_on_after_the_left_frame_whatever_comes_then() -> None:
+    network = small_tats((5, 2, 2))
+    start, left = torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[1, 5, 2, 8], [0, 3, 3, 7]])
+    middle = fill_between(network, start, left, torch.zeros_like(left), GREEDY, no_noise)
+    assert torch.equal(middle.flatten(1), full_forward_continuation(network, start, left, 12))
+    assert torch.equal(fill_between(network, start, left, left, GREEDY, no_noise), middle)
+
+
 def test_one_key_has_no_gaps() -> None:
     network = small_tats((5, 2, 2), mask="closed_boundaries")
     keys = torch.ones(2, 1, 4, dtype=torch.int64)
-    assert torch.equal(fill_gaps(network, torch.zeros(2, 1, dtype=torch.int64), keys, GREEDY, no_noise), keys)
+    seeds = torch.empty(2, 0, dtype=torch.int64)
+    assert torch.equal(fill_gaps(network, torch.zeros(2, 1, dtype=torch.int64), keys, GREEDY, seeds), keys)
 
 
 def test_static_shapes_make_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,8 +444,7 @@ def test_static_shapes_make_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> N
 
     def sample(released: bool) -> Tensor:
         keys = slide(network, start, 5, settings, seeded_noise(torch.tensor([1, 2]), "cpu"))
-        noise = seeded_noise(torch.arange(8), "cpu")
-        return fill_gaps(between, start, keys, settings.filter, noise, released)
+        return fill_gaps(between, start, keys, settings.filter, torch.arange(8).view(2, 4), released)
 
     sliced = [sample(released) for released in (False, True)]
     new_cache = TATS.new_cache

@@ -145,13 +145,16 @@ def test_initial_values_are_the_published_ones() -> None:
     assert (network.norm.weight == 1).all()
 
 
-def test_a_zero_head_knows_nothing() -> None:
-    network = TATS(16384, (2, 1, 1), dim=8, depth=1, num_heads=2, condition_size=101)
+@pytest.mark.parametrize(("classes", "nats"), [(0, 9.7041), (101, 9.7102)])
+def test_a_zero_head_knows_nothing(classes: int, nats: float) -> None:
+    network = TATS(16384, (2, 1, 1), dim=8, depth=1, num_heads=2, condition_size=classes)
     nn.init.zeros_(network.head.weight)
     codes = torch.tensor([[3, 5]])
-    loss = F.cross_entropy(network.code_logits(codes, torch.tensor([[7]])).transpose(1, 2), codes + 101)
-    assert loss.item() == pytest.approx(9.7102, abs=1e-4)
-    assert loss.item() == pytest.approx(math.log(16485), abs=1e-6)
+    logits = network.code_logits(codes, torch.tensor([[7]]) if classes else None)
+    assert logits.shape == (1, 2, classes + 16384)
+    loss = F.cross_entropy(logits.transpose(1, 2), codes + classes)
+    assert loss.item() == pytest.approx(nats, abs=1e-4)
+    assert loss.item() == pytest.approx(math.log(classes + 16384), abs=1e-6)
 
 
 def test_without_positions_one_layer_sees_earlier_tokens_as_a_set() -> None:
@@ -206,6 +209,14 @@ def test_open_boundaries_see_the_frames_between() -> None:
 @pytest.mark.parametrize(("block", "frame", "ones"), [(1280, 256, 950_656), (15, 3, 135)])
 def test_interpolation_mask_has_the_official_number_of_ones(block: int, frame: int, ones: int) -> None:
     assert attention_mask("closed_boundaries", block, 1, frame).sum() == ones
+
+
+def test_the_released_first_pass_sees_a_corner_of_the_mask() -> None:
+    """Past 257 and future 256 tokens: the corner hides the future from the past, and makes it causal in itself."""
+    corner = attention_mask("closed_boundaries", 1280, 1, 256)[:513, :513]
+    assert not corner[:257, 257:].any()
+    assert corner[257:, :257].all()
+    assert torch.equal(corner[257:, 257:], torch.ones(256, 256).tril().bool())
 
 
 def test_of_1280_targets_511_are_leaked() -> None:

@@ -1,0 +1,205 @@
+"""What a cache of keys and values saves TATS, how long long videos take, and how it compares with MeBT.
+
+All networks are 24 blocks of width 256 (published: 1024) with random weights: they cost the same. Times are of the
+codes alone, without the tokenizer, which both systems share.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.benchmarks.report import Measurement, seconds_of
+from models.blocks.causal import KVCache
+from models.priors.autoregressive import AutoregressiveSampling, slide
+from models.priors.decoding import ConfidenceDecoding, confidence_decode, seeded_noise
+from models.priors.mebt import MeBT
+from models.priors.tats import TATS
+
+FRAMES = (16, 32, 64, 128)
+LONG_FRAMES = 1024  # of the paper's long videos, 4 to a latent frame
+GAPS_AT_ONCE = 8
+
+
+class GrowingCache(KVCache):
+    """The cache of a few lines that most code has: new keys and values are concatenated to the old ones."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(num_layers, 1 << 30, is_static=False)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Concatenate."""
+        for buffers, new in ((self._keys, keys), (self._values, values)):
+            old = buffers[layer]
+            buffers[layer] = new if old is None else torch.cat([old[:, :, : self.filled], new], dim=2)
+        read = self._keys[layer], self._values[layer]
+        assert read[0] is not None
+        assert read[1] is not None
+        return read[0], read[1]
+
+
+def network_of(sizes: dict[str, int], frames: int, mask: Any = "causal") -> TATS:
+    """A TATS with random weights for a window of latent frames."""
+    grid = (frames, sizes["side"], sizes["side"])
+    return TATS(sizes["codes"], grid, sizes["dim"], sizes["depth"], sizes["heads"], mask=mask).eval()
+
+
+def step_seconds(network: TATS, make_cache: Callable[[], KVCache], batch: int, positions: list[int]) -> float:
+    """Mean time of drawing the token at these positions, all before them being cached."""
+    total = 0.0
+    for position in positions:
+        cache = make_cache()
+        tokens = torch.zeros(batch, position, dtype=torch.int64)
+        network.extend(tokens, torch.arange(position), cache)
+        place = torch.tensor([min(position, network.block_size - 1)])
+
+        def step(cache: KVCache = cache, position: int = position, place: Tensor = place) -> None:
+            cache.clear(kept=position)
+            network.head(network.extend(torch.zeros(batch, 1, dtype=torch.int64), place, cache)[:, -1])
+
+        total += seconds_of(step, least_seconds=0.2)
+    return total / len(positions)
+
+
+def uncached_seconds(network: TATS, batch: int, positions: list[int]) -> float:
+    """Mean time of drawing the token at these positions by computing all before them again."""
+    total = 0.0
+    for position in positions:
+        tokens = torch.zeros(batch, position + 1, dtype=torch.int64)
+
+        def step(tokens: Tensor = tokens) -> None:
+            network.head(network._features(tokens)[:, -1])
+
+        total += seconds_of(step, least_seconds=0.0, least_runs=1)
+    return total / len(positions)
+
+
+def cache_rows(sizes: dict[str, int]) -> list[Measurement]:
+    """Tokens a second with our cache, against none and against one that grows."""
+    network = network_of(sizes, 4)
+    length = network.block_size
+    positions = [length * (2 * i + 1) // 16 for i in range(8)]
+    rows = []
+    for batch, least in ((1, 10.0), (8, 40.0)):
+        ours = step_seconds(network, lambda: network.new_cache(is_static=False), batch, positions)
+        growing = step_seconds(network, lambda: GrowingCache(len(network.blocks)), batch, positions)
+        none = uncached_seconds(network, batch, positions)
+        details = {"positions": positions, "ours_ms": 1e3 * ours, "growing_ms": 1e3 * growing, "none_ms": 1e3 * none}
+        rows += [
+            Measurement(f"tokens a second, batch {batch}", batch / ours, "tokens/s", details=details),
+            Measurement(f"cache over none, batch {batch}", none / ours, "x", at_least=least, details=details),
+            # 0.95: what repeated runs of the same code differ by
+            Measurement(
+                f"cache over a growing one, batch {batch}", growing / ours, "x", at_least=0.95, details=details
+            ),
+        ]
+    return rows
+
+
+def long_rows(sizes: dict[str, int]) -> list[Measurement]:
+    """Seconds for 1,024 frames, from 8 latent frames of a sliding window, and from 8 positions of the gaps."""
+    latent_frames = LONG_FRAMES // 4
+    base, between = network_of(sizes, 4), network_of(sizes, 5, "closed_boundaries")
+    settings = AutoregressiveSampling(top_k=None, top_p=None, context_frames=1, new_frames=1)
+    start = time.perf_counter()
+    slide(base, torch.zeros(1, 1, dtype=torch.int64), 8, settings, seeded_noise(torch.tensor([1]), "cpu"))
+    of_a_frame = (time.perf_counter() - start) / 8
+    tokens = base.frame_tokens
+    known = 2 * tokens  # start token and left frame, right frame without its last token
+    positions = [known + 3 * tokens * (2 * i + 1) // 16 for i in range(8)]
+    of_a_step = step_seconds(between, lambda: between.new_cache(is_static=False), GAPS_AT_ONCE, positions)
+    gaps = latent_frames // 4
+    hierarchical = (gaps + 1) * of_a_frame + gaps / GAPS_AT_ONCE * 3 * tokens * of_a_step
+    details = {
+        "latent_frame_seconds": of_a_frame,
+        "gap_step_seconds": of_a_step,
+        "gaps_at_once": GAPS_AT_ONCE,
+        "scaled": "sliding: 8 latent frames of 256; hierarchical: these for 65 keys, 8 of 768 positions of 8 gaps",
+    }
+    return [
+        Measurement("1,024 frames, sliding (scaled)", latent_frames * of_a_frame, "s", details=details),
+        Measurement("1,024 frames, hierarchical (scaled)", hierarchical, "s", details=details),
+    ]
+
+
+def peak_megabytes(function: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of a call, and by how much the memory of this process rose at most (Linux; NaN elsewhere)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def resident(name: str) -> float:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) / 1024
+
+    if reset.exists():
+        reset.write_text("5")  # the peak begins anew
+        before = resident("VmRSS")
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    return seconds, resident("VmHWM") - before if reset.exists() else float("nan")
+
+
+def comparison_rows(sizes: dict[str, int], frames: tuple[int, ...]) -> list[Measurement]:
+    """Seconds and memory of one sample of MeBT and of TATS, of the same width and the same codes."""
+    rows = []
+    seeds = torch.tensor([1])
+    sizes = sizes | {"side": min(sizes["side"], 8)}
+    tats = network_of(sizes, 4)
+    settings = AutoregressiveSampling(top_k=None, top_p=None, context_frames=1, new_frames=1)
+    for count in frames:
+        tokens = count // 4 * sizes["side"] ** 2
+        mebt = MeBT(sizes["codes"], tokens, sizes["dim"], sizes["heads"], num_latents=sizes["latents"]).eval()
+        positions = torch.arange(tokens)[None]
+
+        def by_mebt(mebt: MeBT = mebt, positions: Tensor = positions) -> None:
+            nothing = torch.zeros_like(positions)
+            decoding = ConfidenceDecoding(num_steps=sizes["steps"])
+            confidence_decode(mebt, nothing, positions[:, :0], positions, decoding, seeded_noise(seeds, "cpu"))
+
+        def by_tats(count: int = count) -> None:
+            start = torch.zeros(1, 1, dtype=torch.int64)
+            slide(tats, start, count // 4, settings, seeded_noise(seeds, "cpu"))
+
+        for name, function in (("MeBT", by_mebt), ("TATS", by_tats)):
+            seconds, megabytes = peak_megabytes(function)
+            details = {"system": name, "frames": count, "tokens": tokens, "megabytes": megabytes}
+            rows.append(Measurement(f"{name}, {count} frames", seconds, "s", details=details))
+            rows.append(Measurement(f"{name}, {count} frames: memory", megabytes, "MiB"))
+    return rows
+
+
+@torch.inference_mode()
+def run(quick: bool) -> list[Measurement]:
+    """Measure."""
+    sizes = {"side": 16, "codes": 16384, "dim": 256, "depth": 24, "heads": 4, "latents": 256, "steps": 32}
+    if quick:
+        sizes = {"side": 4, "codes": 32, "dim": 16, "depth": 2, "heads": 2, "latents": 8, "steps": 4}
+    return cache_rows(sizes) + long_rows(sizes) + comparison_rows(sizes, FRAMES[:2] if quick else FRAMES)
+
+
+def plot(measurements: list[Measurement], file: Path) -> None:
+    """Seconds and memory of a sample against its frames, MeBT and TATS."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = [(row.value, row.details) for row in measurements if row.details and "system" in row.details]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for name in ("MeBT", "TATS"):
+        mine = [
+            (details["frames"], seconds, details["megabytes"]) for seconds, details in rows if details["system"] == name
+        ]
+        frames, seconds, megabytes = zip(*mine, strict=True)
+        for panel, values in zip(axes, (seconds, megabytes), strict=True):
+            panel.loglog(frames, [max(value, 0.1) for value in values], marker="o", label=name)  # no zeros on a log
+            panel.set_xticks(frames, [str(count) for count in frames], minor=False)
+            panel.set_xlabel("frames")
+    axes[0].set_ylabel("seconds a sample")
+    axes[1].set_ylabel("peak memory above the networks, MiB")
+    axes[0].legend()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
