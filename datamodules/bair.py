@@ -112,11 +112,12 @@ class BAIRVideo(Video):
 class BAIRClips(VideoClips):
     """Clips of BAIR with the arm's commands: `action` `[T, 4]` and `endeffector_pos` `[T, 3]` of the clip's frames."""
 
-    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        item = super().__getitem__(request)
-        video = self.videos[item["index"]]
+    def item(self, request: ClipRequest) -> dict[str, Any]:
+        """Return the item of this clip and no other, with the commands."""
+        item = super().item(request)
+        video = self.videos[request.index]
         assert isinstance(video, BAIRVideo)
-        start = self.start(item["index"], request.epoch) + request.read_start * self.frame_stride
+        start = self.start(request.index, request.epoch) + request.read_start * self.frame_stride
         for name in ("action", "endeffector_pos"):
             item[name] = video.vectors(name, start, item["video"].shape[1], self.frame_stride)
         return item

@@ -12,7 +12,6 @@ A raw cache gives what decoding gives, rounded to 8 bits. A lossy one is smaller
 metric: its header and `FrameCacheDataModule.lossy` say so.
 """
 
-import copy
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from datamodules.decoding import UnreadableVideoError
 from datamodules.listing import Video
@@ -142,8 +142,8 @@ def _all_frames(dataset: VideoClips, number: int) -> np.ndarray:
     shown in its place, and it does not go into quarantine: clips of another part of it may well be readable.
     """
     video = dataset.videos[number]
-    whole = copy.copy(dataset)  # the same data set, with this video as its only clip
-    whole.videos, whole.horizontal_flip, whole.frame_stride = [video], False, 1
+    whole = VideoClips.__new__(VideoClips)  # the same data set, with all of this video as its only clip
+    whole.__dict__ |= dataset.__dict__ | {"videos": [video], "horizontal_flip": False, "frame_stride": 1}
     whole.num_frames = whole.span = video.num_frames
     parts = [np.empty((0, dataset.resolution, dataset.resolution, 3), np.uint8)]
     try:
@@ -213,7 +213,10 @@ class CachedVideo(Video):
         for k in range(start, start + count * stride, stride):
             frame: np.ndarray = leaves["frames"][ends[k] : ends[k + 1]] if raw is None else raw[k]
             self.reader.check(self.number, zlib.crc32(frame.data), int(checksums[k]))
-            yield frame.copy() if raw is not None else np.array(Image.open(BytesIO(frame.data)))
+            if raw is not None:
+                yield frame.copy()
+            else:  # libjpeg-turbo by way of torchvision takes 0.6 of the time that Pillow takes, for the same pixels
+                yield decode_jpeg(torch.from_numpy(frame.copy()), ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
 class FrameCacheDataModule(VideoDataModule):

@@ -9,11 +9,11 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from datamodules.decoding import UnreadableVideoError
+from datamodules.decoders import IMAGE_SUFFIXES
+from datamodules.decoding import UnreadableVideoError, require_regular_file
+from datamodules.quarantine import Quarantine
 from datamodules.sampler import ClipRequest
 from datamodules.video import Split, Video, VideoClips, VideoDataModule
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,13 @@ class ImageFile(Video):
             UnreadableVideoError: if it cannot be read.
         """
         try:
+            require_regular_file(self.path)
             with Image.open(self.path) as image:
                 yield np.array(shrunk(image.convert("RGB"), self.resolution))
         # Pillow raises SyntaxError for a broken PNG, and an error of its own for absurd sizes
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if isinstance(error, UnreadableVideoError):
+                raise
             raise UnreadableVideoError(f"{self.path}: {error}") from error
 
 
@@ -48,7 +51,9 @@ def shrunk(image: Image.Image, resolution: int) -> Image.Image:
 
 
 class ImageFiles(Sequence[ImageFile]):
-    """Image files and their labels, at some 40 bytes each: a list of a million objects would be copied by each worker.
+    """Image files and their labels in three arrays: a list of a million objects would be copied by each worker.
+
+    An image takes as many bytes as its name has, and 12 more.
 
     Args:
         root: folder that the names are relative to.
@@ -59,12 +64,14 @@ class ImageFiles(Sequence[ImageFile]):
 
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int], resolution: int) -> None:
         self.root = root
-        self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.array(labels, np.int64)
+        encoded = [os.fsencode(name) for name in names]
+        self.names = b"".join(encoded)
+        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self.labels = np.array(labels, np.int32)
         self.resolution = resolution
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.labels)
 
     @overload
     def __getitem__(self, index: int) -> ImageFile: ...
@@ -75,7 +82,8 @@ class ImageFiles(Sequence[ImageFile]):
     def __getitem__(self, index: int | slice) -> "ImageFile | Sequence[ImageFile]":
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        path = self.root / os.fsdecode(self.names[index])
+        index = range(len(self))[index]  # a number from the end, or an IndexError
+        path = self.root / os.fsdecode(self.names[self.ends[index] : self.ends[index + 1]])
         return ImageFile(path, int(self.labels[index]), num_frames=1, resolution=self.resolution)
 
 
@@ -89,6 +97,8 @@ class ImageClips(VideoClips):
         random_crop: whether to crop at a random place instead of the centre.
         horizontal_flip: whether to mirror half of the images.
         name: what the log calls this data set.
+        quarantine: list of images that are not to be read; by default one of this process, empty at first.
+        max_bad_fraction: share of the images that may fail (at least one, unless it is 0), judged after 100 reads.
     """
 
     def __init__(
@@ -99,14 +109,29 @@ class ImageClips(VideoClips):
         random_crop: bool = False,
         horizontal_flip: bool = False,
         name: str = "data set",
+        quarantine: Quarantine | None = None,
+        max_bad_fraction: float = 0.01,
     ) -> None:
         super().__init__(
-            files, 1, 1, resolution, seed, random_crop=random_crop, horizontal_flip=horizontal_flip, name=name
+            files,
+            1,
+            1,
+            resolution,
+            seed,
+            random_crop=random_crop,
+            horizontal_flip=horizontal_flip,
+            name=name,
+            quarantine=quarantine,
+            max_bad_fraction=max_bad_fraction,
         )
-        self.videos = files  # type: ignore[assignment] # instead of a list of as many objects
 
-    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        return super().__getitem__(request) | {"is_image": True}
+    def long_enough(self, videos: Sequence[Video]) -> Sequence[Video]:
+        """Return all, as they are: each holds its one frame."""
+        return videos
+
+    def item(self, request: ClipRequest) -> dict[str, Any]:
+        """Return the item of this image and no other."""
+        return super().item(request) | {"is_image": True}
 
 
 class ImageFolderDataModule(VideoDataModule):
@@ -122,6 +147,9 @@ class ImageFolderDataModule(VideoDataModule):
         random_crop: whether training images are cropped at a random place instead of the centre.
         horizontal_flip: whether half of the training images are mirrored.
         num_frames: frames of a clip, which is 1 for an image.
+        cache_dir: where to keep the list of images that could not be read; `<root>/.longtake` by default.
+        max_bad_fraction: share of the images that may turn out unreadable before the run stops (at least one, unless it
+            is 0), judged after 100 reads.
         batch_size: training images per batch and process.
         val_batch_size: validation images per batch and process, `batch_size` by default.
         num_workers: worker processes per loader; 0 reads in the main process.
@@ -135,6 +163,8 @@ class ImageFolderDataModule(VideoDataModule):
         random_crop: bool = False,
         horizontal_flip: bool = False,
         num_frames: int = 1,
+        cache_dir: str | None = None,
+        max_bad_fraction: float = 0.01,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         num_workers: int = 0,
@@ -143,7 +173,11 @@ class ImageFolderDataModule(VideoDataModule):
         super().__init__(num_frames, 1, resolution, batch_size, val_batch_size, num_workers, seed)
         if num_frames != 1:
             raise ValueError(f"num_frames={num_frames}: an image is a clip of one frame (--data.num_frames 1).")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={max_bad_fraction} is no share: 0 to 1 (--data.max_bad_fraction).")
         self.root = Path(root)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.max_bad_fraction = max_bad_fraction
         self.random_crop = random_crop
         self.horizontal_flip = horizontal_flip
 
@@ -172,6 +206,8 @@ class ImageFolderDataModule(VideoDataModule):
             random_crop=self.random_crop and split == "train",
             horizontal_flip=self.horizontal_flip and split == "train",
             name=f"{self.root.name} {split}",
+            quarantine=Quarantine(self.root, self.cache_dir),
+            max_bad_fraction=self.max_bad_fraction,
         )
 
     def _classes(self) -> list[str]:

@@ -10,10 +10,11 @@ floor((p + 1) share) exceeds floor(p share). So wherever share x batch size is a
 that many.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ class MixedClips(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return int(self.num_videos / (1 - self.share))
+
+    def quarantined(self) -> Mapping[Path, str]:
+        """Return which videos and images are in quarantine and why, as all processes know it by now."""
+        parts = [part for part in (self.videos, self.images) if hasattr(part, "quarantined")]
+        return {place: reason for part in parts for place, reason in part.quarantined().items()}
 
     def order(self, epoch: int) -> list[int]:
         """Return the rows of an epoch: shuffled videos, between them the stacks in the order of their numbers."""

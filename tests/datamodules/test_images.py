@@ -109,11 +109,21 @@ class TestBrokenImages:
         imagenet(tmp_path, per_class=3)
         (tmp_path / "train" / "n01" / "n01_1.JPEG").write_bytes(content)
         with caplog.at_level(logging.WARNING):
-            items = [data_of(tmp_path).make_dataset("train")[ClipRequest(1, 4)] for _ in range(2)]
+            data = data_of(tmp_path)
+            data.setup()
+            items = [data.datasets["train"][ClipRequest(1, 4)] for _ in range(2)]
         assert items[0]["index"] == items[1]["index"] != 1
         assert items[0]["label"] == items[0]["index"] // 3
         assert items[0]["is_image"] is True
         assert "n01_1.JPEG" in caplog.text
+        assert data.num_quarantined() == 1
+
+    def test_a_broken_image_is_known_to_the_next_run(self, tmp_path: Path) -> None:
+        imagenet(tmp_path, per_class=3)
+        (tmp_path / "train" / "n01" / "n01_1.JPEG").write_bytes(b"")
+        data_of(tmp_path).make_dataset("train")[ClipRequest(1)]
+        with pytest.warns(UserWarning, match="1 of 9 videos are in quarantine"):
+            data_of(tmp_path).make_dataset("train")
 
     def test_a_truncated_image_is_broken(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jpg"
