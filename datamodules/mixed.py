@@ -182,6 +182,28 @@ class MixedDataModule(VideoDataModule):
         self.image_ratio = image_ratio
         self.images_per_stack = images_per_stack
 
+    def require_model(self, model: Any) -> None:
+        """Refuse a model that would take a stack of images for a video: most of its frames are black.
+
+        Args:
+            model: the module to train; it reads `is_image` if its `accepts_images` is True.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        if not getattr(model, "accepts_images", False):
+            raise ValueError(
+                f"{type(model).__name__}, as it is set up, does not tell images from videos, and would train on the "
+                "black frames behind a batch's images. Give a model that does (W.A.L.T with --model.joint_images=true), "
+                "or train on the videos alone (--data)."
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the data sets that the stage needs, once, for a model that can tell images from videos."""
+        if self.trainer is not None and stage == "fit":
+            self.require_model(self.trainer.lightning_module)
+        super().setup(stage)
+
     def prepare_data(self) -> None:
         """Let both parts prepare their data."""
         self.videos.prepare_data()

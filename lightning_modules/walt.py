@@ -127,7 +127,7 @@ class WALTModule(VideoGenerator):
         self.frame_prediction = frame_prediction
         self.past_latents = tuple(past_latents)
         self.self_conditioning = self_conditioning
-        self.joint_images = joint_images
+        self.joint_images = self.accepts_images = joint_images
         self.min_snr = min_snr
         self._check_arguments(process)
         self.network = WALT(
