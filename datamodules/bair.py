@@ -250,7 +250,9 @@ class BAIRDataModule(VideoFilesDataModule):
             )
             for record in self._records(split)
         ]
-        next(videos[0].frames(0, 1, 1))  # another data set fails here, not in a worker
+        next(videos[0].frames(0, 1, 1))  # another data set fails here, and not record by record
+        if self.actions:
+            videos[0].vectors("action", 0, 1, 1)
         if split == "val" and self.val_windows is not None:
             starts = spaced_starts(NUM_FRAMES, self.span, self.val_windows)
             videos = [replace(v, first_frame=start, num_frames=self.span) for start in starts for v in videos]

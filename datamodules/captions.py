@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -203,8 +203,7 @@ class CaptionedDataModule(VideoFilesDataModule):
 
     def listing(self) -> dict[Split, dict[Path, int]]:
         """Return the files that the lists name, each once, with the label of its last line."""
-        splits: tuple[Split, Split] = ("train", "val")
-        return {split: {caption.path: caption.label for caption in self.captions(split)} for split in splits}
+        return {split: {caption.path: caption.label for caption in self.captions(split)} for split in get_args(Split)}
 
     def class_names(self) -> Sequence[str]:
         """Return none: the lists number their labels, and do not name them."""

@@ -4,16 +4,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 from PIL import Image
 
 from datamodules.decoders import IMAGE_SUFFIXES
 from datamodules.decoding import UnreadableVideoError, require_regular_file
+from datamodules.listing import Video
 from datamodules.quarantine import Quarantine
 from datamodules.sampler import ClipRequest
-from datamodules.video import Split, Video, VideoClips, VideoDataModule
+from datamodules.video import Split, VideoClips, VideoFilesDataModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ class ImageClips(VideoClips):
         return super().item(request) | {"is_image": True}
 
 
-class ImageFolderDataModule(VideoDataModule):
+class ImageFolderDataModule(VideoFilesDataModule):
     """Images in class folders, as ImageNet has them: `train/<class>/*.JPEG` and `val/<class>/*.JPEG`.
 
     Classes are numbered in alphabetical order of their folders, over both splits: for ImageNet, whose folders are
@@ -170,16 +171,41 @@ class ImageFolderDataModule(VideoDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_frames, 1, resolution, batch_size, val_batch_size, num_workers, seed)
+        super().__init__(
+            root,
+            num_frames,
+            1,
+            resolution,
+            random_crop=random_crop,
+            horizontal_flip=horizontal_flip,
+            cache_dir=cache_dir,
+            max_bad_fraction=max_bad_fraction,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
         if num_frames != 1:
             raise ValueError(f"num_frames={num_frames}: an image is a clip of one frame (--data.num_frames 1).")
-        if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction={max_bad_fraction} is no share: 0 to 1 (--data.max_bad_fraction).")
-        self.root = Path(root)
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.max_bad_fraction = max_bad_fraction
-        self.random_crop = random_crop
-        self.horizontal_flip = horizontal_flip
+
+    def prepare_data(self) -> None:
+        """Do nothing: a million small files are faster read than examined before. The doctor examines them."""
+
+    def listing(self) -> dict[Split, dict[Path, int]]:
+        """Return the images of both splits with their labels."""
+        root, splits = self.found_root(), get_args(Split)
+        return {
+            split: {root / name: label for name, label in zip(*self._names(split), strict=True)} for split in splits
+        }
+
+    def class_names(self) -> list[str]:
+        """Return the names of the class folders of both splits, in alphabetical order."""
+        root, splits = self.found_root(), ("train", "val")
+        for split in splits:
+            if not (root / split).is_dir():
+                raise FileNotFoundError(f"No folder {root / split} to read images from (--data.root).")
+        places = [place for split in splits for place in os.scandir(root / split)]
+        return sorted({place.name for place in places if place.is_dir() and place.name[0] != "."})
 
     def make_dataset(self, split: Split) -> ImageClips:
         """Return the images of a split.
@@ -187,36 +213,34 @@ class ImageFolderDataModule(VideoDataModule):
         Raises:
             FileNotFoundError: if the folders or the images are not there.
         """
-        classes = self._classes()
+        root = self.found_root()
+        names, labels = self._names(split)
+        return ImageClips(
+            ImageFiles(root, names, labels, self.resolution),
+            self.resolution,
+            self.seed,
+            random_crop=self.random_crop and split == "train",
+            horizontal_flip=self.horizontal_flip and split == "train",
+            name=f"{root.name} {split}",
+            quarantine=self.quarantine(),
+            max_bad_fraction=self.max_bad_fraction,
+        )
+
+    def _names(self, split: Split) -> tuple[list[str], list[int]]:
+        """Return the images of a split, relative to the root, and their labels."""
+        root = self.found_root()
         names, labels = [], []
-        for label, name in enumerate(classes):
-            folder = self.root / split / name
+        for label, name in enumerate(self.class_names()):
+            folder = root / split / name
             found = sorted(f for f in os.listdir(folder) if _is_image(f)) if folder.is_dir() else []
             names += [f"{split}/{name}/{file}" for file in found]
             labels += [label] * len(found)
         if not names:
             raise FileNotFoundError(
-                f"No images in {self.root / split}: expected {split}/<class>/ with files {' '.join(IMAGE_SUFFIXES)} "
+                f"No images in {root / split}: expected {split}/<class>/ with files {' '.join(IMAGE_SUFFIXES)} "
                 f"(--data.root). A flat folder has to be sorted into class folders first."
             )
-        return ImageClips(
-            ImageFiles(self.root, names, labels, self.resolution),
-            self.resolution,
-            self.seed,
-            random_crop=self.random_crop and split == "train",
-            horizontal_flip=self.horizontal_flip and split == "train",
-            name=f"{self.root.name} {split}",
-            quarantine=Quarantine(self.root, self.cache_dir),
-            max_bad_fraction=self.max_bad_fraction,
-        )
-
-    def _classes(self) -> list[str]:
-        """Return the names of the class folders, in order."""
-        for split in ("train", "val"):
-            if not (self.root / split).is_dir():
-                raise FileNotFoundError(f"No folder {self.root / split} to read images from (--data.root).")
-        places = [place for split in ("train", "val") for place in os.scandir(self.root / split)]
-        return sorted({place.name for place in places if place.is_dir() and place.name[0] != "."})
+        return names, labels
 
 
 def _is_image(name: str) -> bool:

@@ -194,8 +194,8 @@ class MixedDataModule(VideoDataModule):
         if not getattr(model, "accepts_images", False):
             raise ValueError(
                 f"{type(model).__name__}, as it is set up, does not tell images from videos, and would train on the "
-                "black frames behind a batch's images. Give a model that does (W.A.L.T with --model.joint_images=true), "
-                "or train on the videos alone (--data)."
+                "black frames behind a batch's images. Give a model that does (W.A.L.T with "
+                "--model.joint_images=true), or train on the videos alone (--data)."
             )
 
     def setup(self, stage: str | None = None) -> None:

@@ -4,8 +4,7 @@
 
     codes      `[t, h, w]` in the smallest integer type that holds the codebook; or
     latents    `[D, t, h, w]`, float32, or bfloat16 as the uint16 of the same bits (numpy knows no bfloat16)
-    task/...   the codes of a task's condition (for COMMIT, the padded video), `[t, h, w]`, for each task that the header
-               names
+    task/...   the codes of a task's condition (COMMIT's padded video), `[t, h, w]`, for each task that the header names
     label      class
     index      which sample of the data module it shows
     start      frame of the source video at which it begins
@@ -19,7 +18,7 @@ curriculum's windows are cut from the codes of whole clips, so no margin is need
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -271,7 +270,7 @@ class CachedTokens(Dataset[dict[str, Any]]):
         return self.samples
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        """Return `codes` `[t', h, w]` or `latents` `[D, t', h, w]` of the clip, or of the window asked for, and `task/...`.
+        """Return `codes` `[t', h, w]` or `latents` `[D, t', h, w]`, and `task/...`, of the clip or of its window.
 
         Raises:
             ValueError: If the file is damaged.
@@ -315,8 +314,9 @@ def read_codes(folder: Path, split: Split) -> tuple[dict[str, Tensor], dict[str,
 class TokenDataModule(VideoDataModule):
     """Cached codes or latents instead of pixels: `longtake tokenize` makes them, any prior trains from them.
 
-    Batches hold `codes` int64 `[B, t, h, w]` or `latents` float32 `[B, D, t, h, w]` instead of `video`, and for each task
-    that the model needs (by default, each that the cache has) its condition's codes, `task/<name>` int64 `[B, t, h, w]`.
+    Batches hold `codes` int64 `[B, t, h, w]` or `latents` float32 `[B, D, t, h, w]` instead of `video`, and for each
+    task that the model needs (by default, each that the cache has) its condition's codes, `task/<name>` int64
+    `[B, t, h, w]`.
 
     Args:
         root: Folder of the cache.
@@ -382,10 +382,12 @@ class TokenDataModule(VideoDataModule):
         if missing := [task for task in tasks if task not in found]:
             raise ValueError(
                 f"{self.root} has no condition codes of {', '.join(missing)}, which the model trains (--model.tasks); "
-                f"its tasks: {', '.join(found) or 'none'}. Tokenize again with this experiment, which keeps those of all "
-                "its tasks (--tasks=null), or train from pixels."
+                f"its tasks: {', '.join(found) or 'none'}. Tokenize again with this experiment, which keeps those of "
+                "all its tasks (--tasks=null), or train from pixels."
             )
-        if differing := [f"{task}: {found[task]}, not {dict(tasks[task])}" for task in tasks if found[task] != tasks[task]]:
+        if differing := [
+            f"{task}: {found[task]}, not {dict(tasks[task])}" for task in tasks if found[task] != tasks[task]
+        ]:
             raise ValueError(
                 f"{self.root} holds conditions that were made with other settings than the model's: "
                 f"{'; '.join(differing)}. Tokenize again, or give those (--model.past_frames)."

@@ -446,15 +446,17 @@ class VideoFilesDataModule(VideoDataModule):
         """
         root = self.root or os.environ.get(self.root_variable)
         if not root:
-            hint = f"set --data.root or {self.root_variable}. {self.source}".rstrip()
-            raise FileNotFoundError(f"{self.title} has no folder: {hint}")
+            raise FileNotFoundError(f"{self.title} has no folder: set {self._root_options()}. {self.source}".rstrip())
         if not Path(root).is_dir():
             raise FileNotFoundError(f"{self.title}: no folder {root} {self.hint()}")
         return Path(root)
 
     def hint(self) -> str:
         """Return the end of an error message: which option is meant, and where to get the data set."""
-        return f"(--data.root or {self.root_variable}). {self.source}".rstrip()
+        return f"({self._root_options()}). {self.source}".rstrip()
+
+    def _root_options(self) -> str:
+        return f"--data.root or {self.root_variable}" if self.root_variable else "--data.root"
 
     def entries(self, level: Level = "full", again: bool = False) -> dict[Path, Entry]:
         """Examine all files of the listing that are not yet in the index; see `index_entries`."""

@@ -236,7 +236,9 @@ class LongtakeTrainer(Trainer):
             encoded = tokenizer.encode(video)
             grids = {"codes": encoded.codes} if options.latents is None else {"latents": encoded.latents}
             conditions = {task: model.condition_codes(video, task, len(video)) for task in options.tasks}
-            return grids | {f"task/{task}": codes.unflatten(1, model.latent_shape) for task, codes in conditions.items()}
+            return grids | {
+                f"task/{task}": codes.unflatten(1, model.latent_shape) for task, codes in conditions.items()
+            }
 
         if self.is_global_zero:
             data.prepare_data()

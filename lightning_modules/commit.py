@@ -164,8 +164,8 @@ class COMMITModule(VideoGenerator):
             return torch.zeros(batch_size, self.network.num_tokens, dtype=torch.long, device=self.device)
         if video is None:
             raise ValueError(
-                f"The task {task} needs the codes of a padded video, and this batch has neither pixels nor `task/{task}`: "
-                "tokenize with this experiment, which keeps them, or give a data module with pixels (--data)."
+                f"The task {task} needs the codes of a padded video, and this batch has neither pixels nor "
+                f"`task/{task}`: tokenize with this experiment, which keeps them, or give a data module with pixels (--data)."
             )
         return self.encode_video(padded_video(video, task, self.hparams["past_frames"])).flatten(1)
 
@@ -240,8 +240,8 @@ class COMMITModule(VideoGenerator):
         """Cross-entropy of all tokens of corrupted clips.
 
         Args:
-            batch: Has the clips' `video` (or, from a cache, the condition's codes `task/...`) and `label`, where the task
-                needs them.
+            batch: Has the clips' `video` (or, from a cache, the condition's codes `task/...`) and `label`, where the
+                task needs them.
             task: Which task.
             codes: `[B, N]` clean codes.
             mask: What `random_mask` returns.
@@ -252,10 +252,7 @@ class COMMITModule(VideoGenerator):
         """
         count, scores = mask
         cached = batch.get(f"task/{task}")
-        if cached is None:
-            condition = self.condition_codes(batch.get("video"), task, len(codes))
-        else:
-            condition = cached.flatten(1)
+        condition = self.condition_codes(batch.get("video"), task, len(codes)) if cached is None else cached.flatten(1)
         tokens, kinds = multivariate_mask(
             codes, condition, self.condition_tokens(task), scores, count, self.network.mask_id
         )

@@ -233,9 +233,18 @@ class TestWhatIsRefused:
         root = make_root()
         content = {key: value for key, value in features(0).items() if "action" not in key}
         write_records(root / "softmotion30_44k/test/traj_0_to_2.tfrecords", [encode_example(content)] * 3)
-        val = data_of(root, actions=True).make_dataset("val")
         with pytest.raises(UnreadableVideoError, match=r"record 0 at byte 0: no `action` for each frame"):
-            val[ClipRequest(0)]
+            data_of(root, actions=True).make_dataset("val")
+
+    def test_a_record_without_actions_among_others_is_replaced(self, make_root: MakeRoot) -> None:
+        root = make_root()
+        bad = {key: value for key, value in features(1).items() if "action" not in key}
+        records = [encode_example(content) for content in (features(0), bad, features(2))]
+        write_records(root / "softmotion30_44k/test/traj_0_to_2.tfrecords", records)
+        data = data_of(root, actions=True)
+        data.setup()
+        assert data.datasets["val"][ClipRequest(1)]["index"] != 1
+        assert data.num_quarantined() == 1
 
     def test_checking_at_each_reading_is_a_switch(self, make_root: MakeRoot) -> None:
         root = make_root()

@@ -194,7 +194,7 @@ def test_cached_condition_codes_give_the_loss_of_pixels(tokenizer_bundle: Path, 
 
 def test_cached_codes_are_refused_where_pixels_are_known(module: COMMITModule, clips: dict[str, Tensor]) -> None:
     cached = {"codes": module.window_codes(clips)[0], "label": clips["label"]}
-    with pytest.raises(ValueError, match="neither pixels nor `task/.*give a data module with pixels"):
+    with pytest.raises(ValueError, match=r"neither pixels nor `task/.*give a data module with pixels"):
         module.validation_step(cached, 0)
 
 
