@@ -165,7 +165,8 @@ class COMMITModule(VideoGenerator):
         if video is None:
             raise ValueError(
                 f"The task {task} needs the codes of a padded video, and this batch has neither pixels nor "
-                f"`task/{task}`: tokenize with this experiment, which keeps them, or give a data module with pixels (--data)."
+                f"`task/{task}`: tokenize with this experiment, which keeps them, or give a data module with pixels "
+                "(--data)."
             )
         return self.encode_video(padded_video(video, task, self.hparams["past_frames"])).flatten(1)
 
