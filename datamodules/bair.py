@@ -289,10 +289,11 @@ class BAIRDataModule(VideoFilesDataModule):
 def _with_frames(path: Path, entry: Entry) -> Entry:
     """Say what reading needs to know of a file's records, and whether there are as many as its name promises."""
     first, last = _bounds(path)
-    error = entry.error
-    if not error and len(entry.records) != last - first + 1 > 0:
-        error = f"{path} holds {len(entry.records)} records; its name promises {last - first + 1}"
-    return replace(entry, info=_INFO if entry.records else None, error=error)
+    error, is_truncated, found, promised = entry.error, entry.is_truncated, len(entry.records), last - first + 1
+    if not error and found != promised > 0:
+        is_truncated = found < promised  # cut between two records, where nothing in the file tells
+        error = f"{path} {'ends after' if is_truncated else 'holds'} {found} records; its name promises {promised}"
+    return replace(entry, info=_INFO if entry.records else None, error=error, is_truncated=is_truncated)
 
 
 def _bounds(file: Path) -> tuple[int, int]:

@@ -144,12 +144,14 @@ def write_clip(root: Path, layout: str, number: int, clip: Clip, frames: np.ndar
         write_frames(folder, fitted(frames, 640, 360), 1 + clip.number * len(frames))
     elif layout == "taichi_hd":
         name = f"{clip.source}#{clip.number * len(frames):06d}#{(clip.number + 1) * len(frames):06d}.mp4"
-        write_video(root / clip.test / name, fitted(frames, 256, 256), "libx264", 30, {"crf": "18"})
+        write_video(
+            root / clip.test / name, fitted(frames, 256, 256), "libx264", 30, {"crf": "18", "preset": "veryfast"}
+        )
     elif layout == "nuscenes_front":  # names end in a time stamp in microseconds, twelve a second
         folder = root / clip.split() / f"scene-{number + 1:04d}"
         write_frames(folder, fitted(frames, 800, 450), 1_532_402_927_612_460, 83_333)
     elif layout == "objectron":
-        file = root / clip.test / clip.source / f"batch-1_{clip.number}" / "video.MOV"
+        file = root / clip.test / clip.source / "batch-1" / str(clip.number) / "video.MOV"
         write_video(file, fitted(frames, 480, 640), "libx264", 30, {"crf": "18", "preset": "veryfast"})
     elif layout == "images":
         file = root / clip.split() / clip.source / f"{clip.name}.JPEG"

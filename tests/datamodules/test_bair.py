@@ -161,8 +161,18 @@ class TestWhatIsRefused:
     def test_a_file_that_holds_less_than_its_name_promises_is_named(self, make_root: MakeRoot) -> None:
         root = make_root()
         write_records(root / "softmotion30_44k/test/traj_0_to_2.tfrecords", [payload(0)])
-        with pytest.warns(UserWarning, match=r"traj_0_to_2\.tfrecords holds 1 records; its name promises 3"):
+        with pytest.warns(UserWarning, match=r"traj_0_to_2\.tfrecords ends after 1 records; its name promises 3"):
             assert len(data_of(root).make_dataset("val")) == 1
+        entry = data_of(root).entries()[root / "softmotion30_44k/test/traj_0_to_2.tfrecords"]
+        assert entry.is_truncated  # though nothing in the file tells
+
+    def test_a_file_that_holds_more_than_its_name_promises_is_not_cut(self, make_root: MakeRoot) -> None:
+        root = make_root()
+        file = root / "softmotion30_44k/test/traj_0_to_2.tfrecords"
+        write_records(file, [payload(number) for number in range(4)])
+        entry = data_of(root).entries()[file]
+        assert entry.error.endswith("holds 4 records; its name promises 3")
+        assert not entry.is_truncated
 
     @pytest.mark.parametrize("frames", [29, 31])
     def test_a_record_without_thirty_frames_is_named_with_its_place(self, make_root: MakeRoot, frames: int) -> None:
