@@ -158,7 +158,11 @@ class TestFolders:
         assert len(pickle.dumps(files)) < 50 * len(names)
         assert files[4_999].path == tmp_path / names[-1]
         assert [file.path.name for file in files[:2]] == ["n00000000_0.JPEG", "n00000000_1.JPEG"]
-        assert isinstance(ImageClips(files, 32, seed=0).videos, ImageFiles)
+        clips = ImageClips(files, 32, seed=0)
+        assert isinstance(clips.videos, ImageFiles)
+        assert len(pickle.dumps(clips)) < 60 * len(names)
+        assert tmp_path / names[7] in clips._places
+        assert tmp_path / "train/other.JPEG" not in clips._places
 
     def test_names_beyond_ascii_are_found(self, tmp_path: Path) -> None:
         for split in ("train", "val"):
