@@ -71,8 +71,11 @@ class MixedClips(Dataset[dict[str, Any]]):
 
     def quarantined(self) -> Mapping[Path, str]:
         """Return which videos and images are in quarantine and why, as all processes know it by now."""
-        parts = [part for part in (self.videos, self.images) if hasattr(part, "quarantined")]
-        return {place: reason for part in parts for place, reason in part.quarantined().items()}
+        found: dict[Path, str] = {}
+        for part in (self.videos, self.images):
+            if hasattr(part, "quarantined"):
+                found |= part.quarantined()
+        return found
 
     def order(self, epoch: int) -> list[int]:
         """Return the rows of an epoch: shuffled videos, between them the stacks in the order of their numbers."""
