@@ -110,7 +110,7 @@ class CaptionedClips(VideoClips):
     If a file cannot be read, the caption is that of the clip which takes its place.
     """
 
-    videos: list[CaptionedVideo]  # type: ignore[assignment] # of this kind only
+    videos: Sequence[CaptionedVideo]  # of this kind only
 
     def item(self, request: ClipRequest) -> dict[str, Any]:
         """Return the item of this clip and no other, with its caption."""

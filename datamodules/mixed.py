@@ -73,7 +73,7 @@ class MixedClips(Dataset[dict[str, Any]]):
         """Return which videos and images are in quarantine and why, as all processes know it by now."""
         found: dict[Path, str] = {}
         for part in (self.videos, self.images):
-            if hasattr(part, "quarantined"):
+            if part is not None and hasattr(part, "quarantined"):
                 found |= part.quarantined()
         return found
 

@@ -115,13 +115,13 @@ def index_speed(root: Path, count: int) -> list[Measurement]:
     (root / "many").mkdir()
     for number, file in enumerate(files):
         os.link(written[number % len(written)], file)
-    number = iter(range(1000))
+    fresh = iter(range(1000))
     cores = len(os.sched_getaffinity(0))
     rows = []
     for level, target, some in (("quick", 100.0, files), ("full", None, files[: len(written)])):
 
         def index(level: Any = level, some: Sequence[Path] = some) -> None:
-            index_entries(some, root, root / f"index{next(number)}", level)
+            index_entries(some, root, root / f"index{next(fresh)}", level)
 
         seconds = seconds_of(index, 0.0)
         details = {"files": len(some), "cores": cores}
