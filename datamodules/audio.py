@@ -11,32 +11,22 @@ spectrograms in [-1, 1], one channel, 64 x 16, one a frame. How they were made i
 - Energy is in decibels relative to a full-scale sine within the band, from -80 (-1, silence) to 0 (+1).
 """
 
-import logging
-import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
-import av
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from datamodules.decoding import UnreadableVideoError
 from datamodules.frames import FramesDataModule
+from datamodules.reader import own_reader
 from datamodules.sampler import ClipRequest
-from datamodules.video import Split, Video, VideoClips
+from datamodules.sound import SAMPLING_RATE, WINDOW, has_sound, iter_sound
+from datamodules.video import Split, VideoClips
 
-SAMPLING_RATE = 16_000
 BANDS, COLUMNS = 64, 16
-WINDOW = 512
 _FLOOR_DECIBELS = -80.0
-
-_log = logging.getLogger(__name__)
 
 
 def spectrogram(waveform: Tensor, edges: Tensor, first_sample: int = 0) -> Tensor:
@@ -63,80 +53,8 @@ def spectrogram(waveform: Tensor, edges: Tensor, first_sample: int = 0) -> Tenso
     return (1 - 2 * decibels / _FLOOR_DECIBELS).clamp(-1, 1).transpose(1, 2)[None]  # [1, T, 64, 16]
 
 
-def read_sound(path: str | Path, end_seconds: float) -> Tensor:
-    """Decode the sound of a file from time 0 to the end of the part that is needed.
-
-    It is decoded from the beginning, since not every container can seek in its sound to the sample. Where the file has
-    no more sound, or none that can be decoded, the result ends early.
-
-    Returns:
-        `[S]` float32, one channel, `SAMPLING_RATE` samples a second.
-    """
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLING_RATE)
-    end = int(end_seconds * SAMPLING_RATE) + 1
-    offset, parts, length = None, [], 0
-    try:
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-            for frame in chain(container.decode(audio=0), [None]):
-                if frame is not None and offset is None:
-                    offset = round((frame.time or 0.0) * SAMPLING_RATE)
-                for resampled in resampler.resample(frame):
-                    parts.append(torch.from_numpy(resampled.to_ndarray()[0].copy()))
-                    length += len(parts[-1])
-                if length + (offset or 0) >= end:
-                    break
-    except (av.FFmpegError, OSError, ValueError) as error:
-        _log.warning("The sound of %s ends in an error, silence follows: %s", path, error)
-    waveform = torch.cat(parts) if parts else torch.zeros(0)
-    # sound may begin after the picture, or before it (an encoder's run-up): then padding takes away
-    return F.pad(waveform, (max(offset or 0, -length), 0))[:end]
-
-
-def frame_times(path: str | Path, num_frames: int, extra: int = 1) -> Tensor:
-    """Return when the frames of a video file are shown.
-
-    These are its time stamps, sorted, where each frame has one of its own; otherwise frames are taken to follow each
-    other at the declared rate, from time 0. AVI has no stamps, and those that FFmpeg derives for a file with B-frames
-    begin one frame late; there, a frame's place in the file is its time.
-
-    Args:
-        path: the file.
-        num_frames: how many frames it has.
-        extra: how many more times to add at the end, at the average distance.
-
-    Returns:
-        `[num_frames + extra]` float64 seconds.
-
-    Raises:
-        UnreadableVideoError: if it tells neither times nor a rate.
-    """
-    with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-        stream = container.streams.best("video")
-        assert isinstance(stream, av.VideoStream)  # its frames have been read
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        found = {packet.dts if container.format.name == "avi" else packet.pts for packet in packets}
-        stamps = sorted(stamp for stamp in found if stamp is not None)
-        if len(stamps) != num_frames or num_frames == 1:
-            rate = stream.average_rate or stream.guessed_rate
-            if not rate:
-                raise UnreadableVideoError(f"{path}: has neither a time stamp for each frame nor a frame rate.")
-            return torch.arange(num_frames + extra, dtype=torch.float64) / float(rate)
-        times = torch.tensor(stamps, dtype=torch.float64) * float(stream.time_base or 0)
-    distance = (times[-1] - times[0]) / (num_frames - 1)
-    return torch.cat([times, times[-1] + distance * torch.arange(1, extra + 1)])
-
-
-def has_sound(path: str | Path) -> bool:
-    """Tell whether a file can be opened and declares an audio stream."""
-    try:
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-            return bool(container.streams.audio)
-    except (av.FFmpegError, OSError, ValueError):
-        return False
-
-
-class SoundClips(Dataset[dict[str, Any]]):
-    """Clips of video files with their sound: the item of `VideoClips`, and `audio` `[1, T, 64, 16]` in [-1, 1].
+class SoundClips(VideoClips):
+    """Clips of video files with their sound: the items of other clips, and `audio` `[1, T, 64, 16]` in [-1, 1].
 
     Videos without a sound track are left out. To find them, each file is opened once.
 
@@ -149,26 +67,31 @@ class SoundClips(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, clips: VideoClips, name: str = "data set") -> None:
-        videos: Sequence[Video] = clips.videos
         with ThreadPoolExecutor() as pool:
-            sounds = list(pool.map(has_sound, (video.path for video in videos)))
-        clips.videos = [video for video, sound in zip(videos, sounds, strict=True) if sound]
-        if not clips.videos:
-            raise ValueError(f"{name}: none of {len(videos)} videos has a sound track.")
-        rank_zero_info(f"{name}: {len(clips.videos)} of {len(videos)} videos have sound.")
+            sounds = list(pool.map(has_sound, (video.path for video in clips.videos)))
+        heard = [video for video, sound in zip(clips.videos, sounds, strict=True) if sound]
+        if not heard:
+            raise ValueError(f"{name}: none of {len(sounds)} videos has a sound track.")
+        rank_zero_info(f"{name}: {len(heard)} of {len(sounds)} videos have sound.")
+        clips.videos = heard
+        clips._remember_places()
+        self.__dict__.update(clips.__dict__)
         self.clips = clips
 
-    def __len__(self) -> int:
-        return len(self.clips)
+    def item(self, request: ClipRequest) -> dict[str, Any]:
+        """Return the item of this clip and no other, with its sound."""
+        item = self.clips.item(request)
+        video, first = self.videos[request.index], self.start(request.index, request.epoch)
+        where = (first + request.read_start * self.frame_stride, item["video"].shape[1], self.frame_stride)
+        if video.read_timeout is None:
+            edges, waveform = iter_sound(video.path, *where, video.num_frames)
+        else:
+            edges, waveform = own_reader().call(video.path, video.read_timeout, "sound", *where, video.num_frames)
+        return item | {"audio": spectrogram(torch.from_numpy(waveform), torch.from_numpy(edges))}
 
-    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        item = self.clips[request]
-        video, stride = self.clips.videos[item["index"]], self.clips.frame_stride
-        first = self.clips.start(item["index"], request.epoch) + request.read_start * stride
-        times = frame_times(video.path, video.num_frames, extra=stride)
-        edges = times[first::stride][: item["video"].shape[1] + 1]
-        waveform = read_sound(video.path, float(edges[-1]) + WINDOW / SAMPLING_RATE)
-        return item | {"audio": spectrogram(waveform, edges)}
+    def start(self, index: int, epoch: int) -> int:
+        """Return the frame of the video at which its clip begins in an epoch."""
+        return self.clips.start(index, epoch)
 
 
 class AudioFramesDataModule(FramesDataModule):
@@ -177,6 +100,6 @@ class AudioFramesDataModule(FramesDataModule):
     `audio` is float32 `[B, 1, T, 64, 16]` in [-1, 1], a spectrogram for each frame. Videos without sound are left out.
     """
 
-    def make_dataset(self, split: Split) -> SoundClips:  # type: ignore[override] # it has all that a loader asks for
+    def make_dataset(self, split: Split) -> SoundClips:
         """Return the clips of a split, with sound."""
         return SoundClips(super().make_dataset(split), name=f"sound, {split}")

@@ -112,11 +112,12 @@ class BAIRVideo(Video):
 class BAIRClips(VideoClips):
     """Clips of BAIR with the arm's commands: `action` `[T, 4]` and `endeffector_pos` `[T, 3]` of the clip's frames."""
 
-    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        item = super().__getitem__(request)
-        video = self.videos[item["index"]]
+    def item(self, request: ClipRequest) -> dict[str, Any]:
+        """Return the item of this clip and no other, with the commands."""
+        item = super().item(request)
+        video = self.videos[request.index]
         assert isinstance(video, BAIRVideo)
-        start = self.start(item["index"], request.epoch) + request.read_start * self.frame_stride
+        start = self.start(request.index, request.epoch) + request.read_start * self.frame_stride
         for name in ("action", "endeffector_pos"):
             item[name] = video.vectors(name, start, item["video"].shape[1], self.frame_stride)
         return item
@@ -249,7 +250,9 @@ class BAIRDataModule(VideoFilesDataModule):
             )
             for record in self._records(split)
         ]
-        next(videos[0].frames(0, 1, 1))  # another data set fails here, not in a worker
+        next(videos[0].frames(0, 1, 1))  # another data set fails here, and not record by record
+        if self.actions:
+            videos[0].vectors("action", 0, 1, 1)
         if split == "val" and self.val_windows is not None:
             starts = spaced_starts(NUM_FRAMES, self.span, self.val_windows)
             videos = [replace(v, first_frame=start, num_frames=self.span) for start in starts for v in videos]
@@ -286,10 +289,11 @@ class BAIRDataModule(VideoFilesDataModule):
 def _with_frames(path: Path, entry: Entry) -> Entry:
     """Say what reading needs to know of a file's records, and whether there are as many as its name promises."""
     first, last = _bounds(path)
-    error = entry.error
-    if not error and len(entry.records) != last - first + 1 > 0:
-        error = f"{path} holds {len(entry.records)} records; its name promises {last - first + 1}"
-    return replace(entry, info=_INFO if entry.records else None, error=error)
+    error, is_truncated, found, promised = entry.error, entry.is_truncated, len(entry.records), last - first + 1
+    if not error and found != promised > 0:
+        is_truncated = found < promised  # cut between two records, where nothing in the file tells
+        error = f"{path} {'ends after' if is_truncated else 'holds'} {found} records; its name promises {promised}"
+    return replace(entry, info=_INFO if entry.records else None, error=error, is_truncated=is_truncated)
 
 
 def _bounds(file: Path) -> tuple[int, int]:

@@ -4,20 +4,21 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datamodules.audio import SoundClips
-from datamodules.images import IMAGE_SUFFIXES, ImageFile
+from datamodules.decoders import IMAGE_SUFFIXES, Decoder
+from datamodules.images import ImageFile
 from datamodules.index import index_videos
+from datamodules.listing import Video, indexed_videos
 from datamodules.sampler import ClipRequest
-from datamodules.video import Split, Video, VideoClips, VideoDataModule, indexed_videos
+from datamodules.video import Split, VideoClips, VideoFilesDataModule
 
 _FIELDS: dict[str, tuple[type, bool]] = {
     "path": (str, True),
@@ -54,7 +55,7 @@ def read_captions(file: Path, root: Path) -> list[Caption]:
         root: folder that the paths are relative to.
 
     Raises:
-        FileNotFoundError: if the list, or a file that it names, is not there; it says in which line.
+        FileNotFoundError: if the list is not there.
         ValueError: if a line is not as expected; it says which.
     """
     if not file.is_file():
@@ -65,8 +66,6 @@ def read_captions(file: Path, root: Path) -> list[Caption]:
         if text.strip():
             row = _checked(text, f"{file}:{number}")
             path = root / row["path"]
-            if not path.is_file():
-                raise FileNotFoundError(f"{file}:{number}: no file {path}. Paths are relative to --data.root.")
             captions.append(
                 Caption(path, row["text"], row.get("start"), row.get("label", 0), line=f"{file.name}:{number}")
             )
@@ -115,12 +114,12 @@ class CaptionedClips(VideoClips):
     just large enough for `resolution` x `width` pixels and cropped to that, instead of a square.
     """
 
-    videos: list[CaptionedVideo]  # type: ignore[assignment] # of this kind only
+    videos: Sequence[CaptionedVideo]  # of this kind only
     width: int | None = None
 
-    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        item = super().__getitem__(request)
-        return item | {"text": self.videos[item["index"]].text, "is_image": self.num_frames == 1}
+    def item(self, request: ClipRequest) -> dict[str, Any]:
+        """Return the item of this clip and no other, with its caption."""
+        return super().item(request) | {"text": self.videos[request.index].text, "is_image": self.num_frames == 1}
 
     def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
         """Resize and crop one frame `[h, w, 3]` to float `[3, H, W]`."""
@@ -141,7 +140,7 @@ class CaptionedClips(VideoClips):
         return super().start(index, epoch) if start is None else start
 
 
-class CaptionedDataModule(VideoDataModule):
+class CaptionedDataModule(VideoFilesDataModule):
     """Videos with captions, or images with captions (`num_frames=1`).
 
     A list is a file with one JSON object a line:
@@ -164,7 +163,12 @@ class CaptionedDataModule(VideoDataModule):
         random_crop: whether training clips are cropped at a random place instead of the centre.
         horizontal_flip: whether half of the training clips are mirrored; captions that say left or right turn wrong.
         audio: whether batches hold `audio` `[B, 1, T, 64, 16]` too; videos without sound are left out.
-        cache_dir: where to keep the index of the videos; `<root>/.longtake` by default.
+        cache_dir: where to keep the index of the files and the quarantine list; `<root>/.longtake` by default.
+        decoder: `pyav` is right for every file. `torchcodec` needs its package and FFmpeg's libraries, and files whose
+            time stamps can be trusted (no AVI).
+        read_timeout: seconds after which a file is given up; videos are then read in child processes. null waits.
+        max_bad_fraction: share of the files that may turn out unreadable before the run stops (at least one file,
+            unless it is 0), judged after 100 reads.
         batch_size: training clips per batch and process.
         val_batch_size: validation clips per batch and process, `batch_size` by default.
         num_workers: worker processes per loader; 0 decodes in the main process.
@@ -185,56 +189,76 @@ class CaptionedDataModule(VideoDataModule):
         horizontal_flip: bool = False,
         audio: bool = False,
         cache_dir: str | None = None,
+        decoder: Decoder = "pyav",
+        read_timeout: float | None = None,
+        max_bad_fraction: float = 0.01,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_frames, frame_stride, resolution, batch_size, val_batch_size, num_workers, seed)
-        self.root = Path(root)
-        self.lists: dict[Split, Path] = {"train": self.root / train_list, "val": self.root / val_list}
+        super().__init__(
+            root,
+            num_frames,
+            frame_stride,
+            resolution,
+            antialias=antialias,
+            random_crop=random_crop,
+            horizontal_flip=horizontal_flip,
+            cache_dir=cache_dir,
+            decoder=decoder,
+            read_timeout=read_timeout,
+            max_bad_fraction=max_bad_fraction,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.lists: dict[Split, str] = {"train": train_list, "val": val_list}
         self.width = width
-        self.antialias = antialias
-        self.random_crop = random_crop
-        self.horizontal_flip = horizontal_flip
         self.audio = audio
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
 
-    def prepare_data(self) -> None:
-        """Index the videos, in one process of each machine; the others read the index."""
-        captions = [caption for file in self.lists.values() for caption in read_captions(file, self.root)]
-        index_videos(_video_files(captions), self.root, self.cache_dir)
+    def captions(self, split: Split) -> list[Caption]:
+        """Return the lines of a split's list."""
+        return read_captions(self.found_root() / self.lists[split], self.found_root())
 
-    def make_dataset(self, split: Split) -> Dataset[dict[str, Any]]:
+    def listing(self) -> dict[Split, dict[Path, int]]:
+        """Return the files that the lists name, each once, with the label of its last line."""
+        return {split: {caption.path: caption.label for caption in self.captions(split)} for split in get_args(Split)}
+
+    def class_names(self) -> Sequence[str]:
+        """Return none: the lists number their labels, and do not name them."""
+        return []
+
+    def make_dataset(self, split: Split) -> VideoClips:
         """Return the clips of a split.
 
         Raises:
-            FileNotFoundError: if a list, or a file that it names, is not there.
+            FileNotFoundError: if a list is not there, or none of its files can be read.
             ValueError: if a list has a bad line, or lists images for clips of several frames.
         """
-        name = f"{self.root.name} {split}"
-        clips = CaptionedClips(
-            self._listed_videos(read_captions(self.lists[split], self.root)),
-            self.num_frames,
-            self.frame_stride,
-            self.resolution,
-            self.seed,
-            antialias=self.antialias,
-            random_crop=self.random_crop and split == "train",
-            horizontal_flip=self.horizontal_flip and split == "train",
-            name=name,
-        )
+        clips = self.make_clips(self._listed_videos(self.captions(split)), split, CaptionedClips)
+        assert isinstance(clips, CaptionedClips)  # for mypy
         clips.width = self.width
-        return SoundClips(clips, name) if self.audio else clips
+        return SoundClips(clips, f"{self.found_root().name} {split}") if self.audio else clips
 
     def _listed_videos(self, captions: list[Caption]) -> list[CaptionedVideo]:
         """Return what a list names and can be read, in its order."""
-        files = _video_files(captions)
-        readable = indexed_videos(dict.fromkeys(files, 0), index_videos(files, self.root, self.cache_dir))
+        labels = {caption.path: caption.label for caption in captions}
+        index = index_videos(list(labels), self.found_root(), self.cache_dir, self.read_timeout)
+        readable = indexed_videos(labels, index, self.decoder, self.read_timeout)
+        if not readable:
+            raise FileNotFoundError(
+                f"None of the {len(labels)} files of the list can be read (paths are relative to --data.root), such as "
+                f"{index[captions[0].path]}"
+            )
         sources: dict[Path, Video] = {video.path: video for video in readable}
         span = (self.num_frames - 1) * self.frame_stride + 1
         videos, too_late = [], []
         for caption in captions:
+            if caption.path not in sources:
+                continue
+            source = sources[caption.path]
             if _is_image(caption.path):
                 if self.num_frames != 1 or caption.start is not None:
                     raise ValueError(
@@ -242,11 +266,7 @@ class CaptionedDataModule(VideoDataModule):
                         f"without a start, but num_frames={self.num_frames} and start={caption.start}. "
                         "MixedDataModule trains on videos and images together."
                     )
-                source: Video = ImageFile(caption.path, caption.label, num_frames=1, resolution=self.resolution)
-            elif caption.path in sources:
-                source = sources[caption.path]
-            else:
-                continue
+                source = ImageFile(caption.path, caption.label, num_frames=1, resolution=self.resolution)
             if caption.start is not None and caption.start + span > source.num_frames:
                 too_late.append(f"{caption.line} ({source.num_frames} frames, start {caption.start})")
                 continue
@@ -256,6 +276,7 @@ class CaptionedDataModule(VideoDataModule):
                     caption.label,
                     source.num_frames,
                     source.key_frames,
+                    read_timeout=self.read_timeout,
                     text=caption.text,
                     start=caption.start,
                     source=source,
@@ -271,8 +292,3 @@ class CaptionedDataModule(VideoDataModule):
 
 def _is_image(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def _video_files(captions: list[Caption]) -> list[Path]:
-    """Return the videos of a list, each once."""
-    return list(dict.fromkeys(caption.path for caption in captions if not _is_image(caption.path)))

@@ -19,6 +19,7 @@ from PIL import Image
 from datamodules.decoding import UnreadableVideoError, VideoInfo, iter_frames, require_regular_file
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".webp")
 Decoder = Literal["pyav", "torchcodec"]
 FrameReader = Callable[[Path, int, int, int, Sequence[int]], Iterator[np.ndarray]]
 

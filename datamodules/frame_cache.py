@@ -12,7 +12,6 @@ A raw cache gives what decoding gives, rounded to 8 bits. A lossy one is smaller
 metric: its header and `FrameCacheDataModule.lossy` say so.
 """
 
-import copy
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -142,8 +141,8 @@ def _all_frames(dataset: VideoClips, number: int) -> np.ndarray:
     shown in its place, and it does not go into quarantine: clips of another part of it may well be readable.
     """
     video = dataset.videos[number]
-    whole = copy.copy(dataset)  # the same data set, with this video as its only clip
-    whole.videos, whole.horizontal_flip, whole.frame_stride = [video], False, 1
+    whole = VideoClips.__new__(VideoClips)  # the same data set, with all of this video as its only clip
+    whole.__dict__ |= dataset.__dict__ | {"videos": [video], "horizontal_flip": False, "frame_stride": 1}
     whole.num_frames = whole.span = video.num_frames
     parts = [np.empty((0, dataset.resolution, dataset.resolution, 3), np.uint8)]
     try:

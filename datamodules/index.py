@@ -16,10 +16,11 @@ from hashlib import blake2b, file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from datamodules.decoders import frame_files, iter_images
+from datamodules.decoders import IMAGE_SUFFIXES, frame_files, iter_images
 from datamodules.decoding import (
     Header,
     TruncatedVideoError,
@@ -28,6 +29,7 @@ from datamodules.decoding import (
     bytes_are_missing,
     probe,
     read_header,
+    require_regular_file,
 )
 from datamodules.reader import own_reader
 from datamodules.tfrecord import find_records
@@ -81,6 +83,8 @@ def examine(path: Path, level: Level) -> dict[str, Any]:
         else:
             if path.suffix == ".tfrecords":
                 found |= _examine_records(path, level)
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                found |= _examine_image(path, level)
             else:
                 found["header"] = asdict(read_header(path))
                 if level == "full":
@@ -101,6 +105,19 @@ def _examine_records(path: Path, level: Level) -> dict[str, Any]:
         "error": "; ".join(map(str, errors)),
         "is_truncated": any(isinstance(error, TruncatedVideoError) for error in errors),
     }
+
+
+def _examine_image(path: Path, level: Level) -> dict[str, Any]:
+    require_regular_file(path)
+    try:
+        with Image.open(path) as image:
+            if level == "full":
+                image.load()
+            width, height = image.size
+    # Pillow raises SyntaxError for a broken PNG, and an error of its own for absurd sizes
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableVideoError(f"{path}: {error}") from error
+    return {"info": asdict(VideoInfo(1, width, height, 0, container="images", codec=path.suffix.lower()[1:]))}
 
 
 def _examine_images(folder: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ floor((p + 1) share) exceeds floor(p share). So wherever share x batch size is a
 that many.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,14 @@ class MixedClips(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return int(self.num_videos / (1 - self.share))
+
+    def quarantined(self) -> Mapping[Path, str]:
+        """Return which videos and images are in quarantine and why, as all processes know it by now."""
+        found: dict[Path, str] = {}
+        for part in (self.videos, self.images):
+            if part is not None and hasattr(part, "quarantined"):
+                found |= part.quarantined()
+        return found
 
     def order(self, epoch: int) -> list[int]:
         """Return the rows of an epoch: shuffled videos, between them the stacks in the order of their numbers."""
@@ -175,6 +184,28 @@ class MixedDataModule(VideoDataModule):
         self.images = images
         self.image_ratio = image_ratio
         self.images_per_stack = images_per_stack
+
+    def require_model(self, model: Any) -> None:
+        """Refuse a model that would take a stack of images for a video: most of its frames are black.
+
+        Args:
+            model: the module to train; it reads `is_image` if its `accepts_images` is True.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        if not getattr(model, "accepts_images", False):
+            raise ValueError(
+                f"{type(model).__name__}, as it is set up, does not tell images from videos, and would train on the "
+                "black frames behind a batch's images. Give a model that does (W.A.L.T with "
+                "--model.joint_images=true), or train on the videos alone (--data)."
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the data sets that the stage needs, once, for a model that can tell images from videos."""
+        if self.trainer is not None and stage == "fit":
+            self.require_model(self.trainer.lightning_module)
+        super().setup(stage)
 
     def prepare_data(self) -> None:
         """Let both parts prepare their data."""

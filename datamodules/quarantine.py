@@ -1,13 +1,41 @@
 """The videos that failed while they were read: a list that all processes of all runs share."""
 
 import logging
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Container, Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from datamodules.index import LinesFile, file_stamp
 
 _log = logging.getLogger(__name__)
+
+
+class Places(Container[Path]):
+    """A set of paths, kept as their hashes at 8 bytes each: data sets have millions, and each worker has a copy.
+
+    Args:
+        paths: which; relative ones are taken from the working directory.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._hashes = np.unique(np.fromiter(map(_hash, paths), np.uint64))
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def __contains__(self, path: object) -> bool:
+        assert isinstance(path, Path)
+        hashed = _hash(path)
+        place = int(np.searchsorted(self._hashes, hashed))
+        return place < len(self._hashes) and bool(self._hashes[place] == hashed)
+
+
+def _hash(path: Path) -> np.uint64:
+    return np.uint64(int.from_bytes(blake2b(os.fsencode(path.absolute()), digest_size=8).digest(), "little"))
 
 
 class Quarantine:
@@ -26,7 +54,7 @@ class Quarantine:
         self._reasons: dict[Path, str] = {}
         self._size = 0
 
-    def reasons(self, paths: Collection[Path]) -> Mapping[Path, str]:
+    def reasons(self, paths: Container[Path]) -> Mapping[Path, str]:
         """Return those of these videos that are on the list, with their reasons, as all processes know them by now.
 
         Args:

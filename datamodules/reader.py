@@ -42,7 +42,7 @@ class ReaderProcess:
         Args:
             path: the file, or folder of frames.
             timeout: seconds for all of it.
-            function: `examine`, or the name of a decoder.
+            function: `examine`, `sound`, or the name of a decoder.
             *args: its other arguments.
 
         Raises:
@@ -140,9 +140,12 @@ def _send(pipe: BinaryIO, message: Any) -> None:
 def _answers(function: str, *args: Any) -> Iterator[Any]:
     from datamodules.decoders import DECODERS
     from datamodules.index import examine
+    from datamodules.sound import iter_sound
 
     if function == "examine":
         yield examine(*args)
+    elif function == "sound":
+        yield from iter_sound(*args)
     else:
         yield from DECODERS[function](*args)
 

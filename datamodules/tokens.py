@@ -4,7 +4,7 @@
 
     codes      `[t, h, w]` in the smallest integer type that holds the codebook; or
     latents    `[D, t, h, w]`, float32, or bfloat16 as the uint16 of the same bits (numpy knows no bfloat16)
-    task/...   the codes of a task's condition, `[t, h, w]`, for each task that the header names
+    task/...   the codes of a task's condition (COMMIT's padded video), `[t, h, w]`, for each task that the header names
     label      class
     index      which sample of the data module it shows
     start      frame of the source video at which it begins
@@ -18,8 +18,8 @@ curriculum's windows are cut from the codes of whole clips, so no margin is need
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class TokenOptions:
         copies: Copies of the training clips, each with its own random place, crop and flip.
         shard_items: Clips of a shard: what is lost at most when the command is killed.
         latents: Keep latents in this type instead of codes.
-        tasks: Tasks whose condition's codes are kept beside those of the clip.
+        tasks: Tasks whose condition's codes are kept beside those of the clip, and the settings that each depends on.
     """
 
     windows: Literal["clip", "cover"] = "clip"
@@ -58,7 +58,7 @@ class TokenOptions:
     copies: int = 1
     shard_items: int = 1024
     latents: Literal["bf16", "fp32"] | None = None
-    tasks: Sequence[str] = ()
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def codes_type(codebook_size: int) -> str:
@@ -133,7 +133,7 @@ class TokenWriter:
             **about,
             **provenance(data, datasets),
             "fields": self.fields,
-            "tasks": {task: f"task/{task}" for task in options.tasks},
+            "tasks": options.tasks,
             "windows": {"policy": options.windows, "stride": options.window_stride},
             "copies": copies,
             "samples": {split: clips.samples for split, clips in self.clips.items()},
@@ -255,24 +255,22 @@ class CachedTokens(Dataset[dict[str, Any]]):
         root: Folder of the cache.
         split: Which of its splits.
         header: Of the cache.
-        task: Whose condition's codes come with each clip.
+        tasks: Whose conditions' codes come with each clip.
     """
 
-    def __init__(self, root: Path, split: Split, header: dict[str, Any], task: str | None = None) -> None:
+    def __init__(self, root: Path, split: Split, header: dict[str, Any], tasks: Iterable[str] = ()) -> None:
         self.reader = ShardReader(root / split)
         self.samples: int = header["samples"][split]
         self.copies: int = header["copies"][split]
         self.frames_per_latent: int = header["downsample"][0]
         self.fields: dict[str, str] = header["fields"]
-        self.grids = {header["kind"]: header["kind"]}
-        if task is not None:
-            self.grids["condition_codes"] = header["tasks"][task]
+        self.grids = [header["kind"], *(f"task/{task}" for task in tasks)]
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        """Return `codes` `[t', h, w]` or `latents` `[D, t', h, w]` of the clip, or of the window asked for.
+        """Return `codes` `[t', h, w]` or `latents` `[D, t', h, w]`, and `task/...`, of the clip or of its window.
 
         Raises:
             ValueError: If the file is damaged.
@@ -292,8 +290,8 @@ class CachedTokens(Dataset[dict[str, Any]]):
                 "window_frames": request.window_frames,
                 "margin_before": 0,
             }
-        for key, name in self.grids.items():
-            item[key] = _loaded(arrays[name][..., window, :, :], self.fields[name])
+        for name in self.grids:
+            item[name] = _loaded(arrays[name][..., window, :, :], self.fields[name])
         return item
 
 
@@ -316,21 +314,21 @@ def read_codes(folder: Path, split: Split) -> tuple[dict[str, Tensor], dict[str,
 class TokenDataModule(VideoDataModule):
     """Cached codes or latents instead of pixels: `longtake tokenize` makes them, any prior trains from them.
 
-    Batches hold `codes` int64 `[B, t, h, w]` or `latents` float32 `[B, D, t, h, w]` instead of `video`, and with a task
-    `condition_codes` int64 `[B, t, h, w]`.
+    Batches hold `codes` int64 `[B, t, h, w]` or `latents` float32 `[B, D, t, h, w]` instead of `video`, and for each
+    task that the model needs (by default, each that the cache has) its condition's codes, `task/<name>` int64
+    `[B, t, h, w]`.
 
     Args:
         root: Folder of the cache.
         num_frames: Pixel frames of a clip; must be what was tokenized.
         resolution: Height and width of the video; must be what was tokenized.
-        task: Task whose condition's codes come along; the cache must have been made with them.
         batch_size: Training clips per batch and process.
         val_batch_size: Validation clips per batch and process, `batch_size` by default.
         num_workers: Worker processes; a clip takes microseconds to read, so 0 is best for codes.
         seed: Key of the data order.
 
     Raises:
-        ValueError: If the cache was made for other clips, with another tokenizer or without the task.
+        ValueError: If the cache was made for other clips, with another tokenizer or without a task that is needed.
     """
 
     def __init__(
@@ -338,7 +336,6 @@ class TokenDataModule(VideoDataModule):
         root: str,
         num_frames: int = 16,
         resolution: int = 128,
-        task: str | None = None,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         num_workers: int = 0,
@@ -354,12 +351,18 @@ class TokenDataModule(VideoDataModule):
         )
         self.save_hyperparameters(logger=False)
         self.root = Path(root)
-        self.task = task
         self.tokenizer_digest: str | None = None
+        self.tasks: Mapping[str, Mapping[str, Any]] | None = None
 
-    def require_tokenizer(self, digest: str) -> None:
-        """Say which tokenizer the model decodes with: what another one made is refused."""
-        self.tokenizer_digest = digest
+    def require(self, tokenizer_digest: str, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Say what the model needs: a cache that lacks it is refused.
+
+        Args:
+            tokenizer_digest: Of the tokenizer that the model decodes with.
+            tasks: Tasks whose conditions' codes it needs, and the settings that each depends on.
+        """
+        self.tokenizer_digest = tokenizer_digest
+        self.tasks = tasks
 
     def make_dataset(self, split: Split) -> CachedTokens:
         """Open a split of the cache."""
@@ -374,12 +377,22 @@ class TokenDataModule(VideoDataModule):
                 f"{self.root} was made by tokenizer {header['tokenizer_digest'][:12]}, the model uses "
                 f"{str(self.tokenizer_digest)[:12]}. Tokenize again, or give that tokenizer (--model.tokenizer)."
             )
-        if self.task is not None and self.task not in header["tasks"]:
+        found = header["tasks"]
+        tasks = found if self.tasks is None else self.tasks
+        if missing := [task for task in tasks if task not in found]:
             raise ValueError(
-                f"{self.root} has no condition codes of task {self.task!r} (--data.task); its tasks: "
-                f"{', '.join(header['tasks']) or 'none'}. Tokenize again with that task, or train from pixels."
+                f"{self.root} has no condition codes of {', '.join(missing)}, which the model trains (--model.tasks); "
+                f"its tasks: {', '.join(found) or 'none'}. Tokenize again with this experiment, which keeps those of "
+                "all its tasks (--tasks=null), or train from pixels."
             )
-        return CachedTokens(self.root, split, header, self.task)
+        if differing := [
+            f"{task}: {found[task]}, not {dict(tasks[task])}" for task in tasks if found[task] != tasks[task]
+        ]:
+            raise ValueError(
+                f"{self.root} holds conditions that were made with other settings than the model's: "
+                f"{'; '.join(differing)}. Tokenize again, or give those (--model.past_frames)."
+            )
+        return CachedTokens(self.root, split, header, tasks)
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation `[D]` of each channel of the training latents, float32.

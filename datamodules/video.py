@@ -20,7 +20,7 @@ from datamodules.decoders import Decoder
 from datamodules.decoding import UnreadableVideoError
 from datamodules.index import Entry, Level, index_entries, index_videos
 from datamodules.listing import Video, check_windows, evaluation_windows, indexed_videos
-from datamodules.quarantine import Quarantine
+from datamodules.quarantine import Places, Quarantine
 from datamodules.sampler import (
     ClipBatchSampler,
     ClipRequest,
@@ -85,7 +85,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         mirrored_labels: Sequence[int] | None = None,
     ) -> None:
         self.span = (num_frames - 1) * frame_stride + 1
-        self.videos = [video for video in videos if video.num_frames >= self.span]
+        self.videos = self.long_enough(videos)
         length = f"{num_frames} frames at stride {frame_stride}"
         if not self.videos:
             longest = max((video.num_frames for video in videos), default=0)
@@ -104,14 +104,22 @@ class VideoClips(Dataset[dict[str, Any]]):
         self.name = name
         self.quarantine = Quarantine() if quarantine is None else quarantine
         self.mirrored_labels = mirrored_labels
-        self._places = frozenset(video.place.absolute() for video in self.videos)  # several clips may show one video
-        self.most_bad = ceil(max_bad_fraction * len(self._places))
+        self.max_bad_fraction = max_bad_fraction
+        self._remember_places()
         self._reads = 0
         if known := self.quarantined():
             rank_zero_warn(
                 f"{name}: {len(known)} of {len(self._places)} videos are in quarantine ({self.quarantine}): others are "
                 f"shown in their place. {'; '.join(list(known.values())[:3])}"
             )
+
+    def _remember_places(self) -> None:
+        self._places = Places(video.place for video in self.videos)  # several clips may show one video
+        self.most_bad = ceil(self.max_bad_fraction * len(self._places))
+
+    def long_enough(self, videos: Sequence[Video]) -> Sequence[Video]:
+        """Return the videos that hold a clip."""
+        return [video for video in videos if video.num_frames >= self.span]
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -126,7 +134,7 @@ class VideoClips(Dataset[dict[str, Any]]):
             video = self.videos[candidate.index]
             if video.place not in self.quarantine:
                 try:
-                    return make_item(candidate, self.read(candidate), self._label(candidate))
+                    return self.item(candidate)
                 except UnreadableVideoError as error:
                     reason = str(error)
                 self.quarantine.add(video.place, reason)
@@ -142,6 +150,14 @@ class VideoClips(Dataset[dict[str, Any]]):
             f"{self.videos[request.index].path} and {_SUBSTITUTES} videos drawn in its place cannot be read, the last "
             f"because of: {reason}"
         )
+
+    def item(self, request: ClipRequest) -> dict[str, Any]:
+        """Return all that belongs to this clip and no other: what else a subclass reads, it adds here.
+
+        Raises:
+            UnreadableVideoError: if something of it cannot be read.
+        """
+        return make_item(request, self.read(request), self._label(request))
 
     def quarantined(self) -> Mapping[Path, str]:
         """Return which videos are in quarantine and why, as all processes know it by now."""
@@ -188,24 +204,27 @@ class VideoClips(Dataset[dict[str, Any]]):
         place = [self._uniform(_CROP_STREAM, *key, axis) for axis in (1, 2)] if self.random_crop else None
         # one by one: a long clip of a large video is never in memory whole
         frames = [self._square(frame, place) for frame in video.frames(start, count, self.frame_stride)]
-        clip = torch.stack(frames, dim=1)  # [3, T, H, W]
+        clip = torch.stack(frames, dim=1).float()  # [3, T, H, W]
         if self._is_mirrored(request):
             clip = clip.flip(3)
         return clip.div_(127.5).sub_(1).clamp_(-1, 1)
 
     def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
-        """Resize the shorter side and crop, at the centre or elsewhere: uint8 `[h, w, 3]` to float `[3, H, W]`."""
-        image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()  # [1, 3, h, w]
-        shorter = min(image.shape[2:])
+        """Resize the shorter side and crop, at the centre or elsewhere: uint8 `[h, w, 3]` to `[3, H, W]` of 0 to 255.
+
+        A frame that has the size stays uint8, which is faster to put together.
+        """
+        image = torch.from_numpy(frame).permute(2, 0, 1)  # [3, h, w]
+        shorter = min(image.shape[1:])
         if shorter != self.resolution:
-            size = [round(side * self.resolution / shorter) for side in image.shape[2:]]
-            image = F.interpolate(image, size, mode="bilinear", antialias=self.antialias)
-        spare = [side - self.resolution for side in image.shape[2:]]
+            size = [round(side * self.resolution / shorter) for side in image.shape[1:]]
+            image = F.interpolate(image[None].float(), size, mode="bilinear", antialias=self.antialias)[0]
+        spare = [side - self.resolution for side in image.shape[1:]]
         if place is None:
             top, left = (pixels // 2 for pixels in spare)
         else:
             top, left = (int(share * (pixels + 1)) for share, pixels in zip(place, spare, strict=True))
-        return image[0, :, top : top + self.resolution, left : left + self.resolution]
+        return image[:, top : top + self.resolution, left : left + self.resolution]
 
 
 def _use_one_thread(worker_id: int) -> None:
@@ -315,6 +334,11 @@ class VideoDataModule(LightningDataModule):
         sampler = ValidationBatchSampler(self._size(split), self.val_batch_size, rank, world_size)
         return DataLoader(self.datasets[split], batch_sampler=sampler, **self._loader_options())
 
+    def num_quarantined(self) -> int:
+        """Return how many videos of the data sets in use are in quarantine, as all processes know it by now."""
+        bad = [clips.quarantined() for clips in self.datasets.values() if hasattr(clips, "quarantined")]
+        return len(set().union(*bad))
+
     def _size(self, split: Split) -> int:
         return len(self.datasets[split])  # type: ignore[arg-type] # torch's Dataset declares no length
 
@@ -422,15 +446,17 @@ class VideoFilesDataModule(VideoDataModule):
         """
         root = self.root or os.environ.get(self.root_variable)
         if not root:
-            hint = f"set --data.root or {self.root_variable}. {self.source}".rstrip()
-            raise FileNotFoundError(f"{self.title} has no folder: {hint}")
+            raise FileNotFoundError(f"{self.title} has no folder: set {self._root_options()}. {self.source}".rstrip())
         if not Path(root).is_dir():
             raise FileNotFoundError(f"{self.title}: no folder {root} {self.hint()}")
         return Path(root)
 
     def hint(self) -> str:
         """Return the end of an error message: which option is meant, and where to get the data set."""
-        return f"(--data.root or {self.root_variable}). {self.source}".rstrip()
+        return f"({self._root_options()}). {self.source}".rstrip()
+
+    def _root_options(self) -> str:
+        return f"--data.root or {self.root_variable}" if self.root_variable else "--data.root"
 
     def entries(self, level: Level = "full", again: bool = False) -> dict[Path, Entry]:
         """Examine all files of the listing that are not yet in the index; see `index_entries`."""
@@ -441,11 +467,6 @@ class VideoFilesDataModule(VideoDataModule):
     def quarantine(self) -> Quarantine:
         """Return the list of videos that failed while they were read."""
         return Quarantine(self.found_root(), self.cache_dir)
-
-    def num_quarantined(self) -> int:
-        """Return how many videos of the data sets in use are on that list, as all processes know it by now."""
-        bad = [clips.quarantined() for clips in self.datasets.values() if isinstance(clips, VideoClips)]
-        return len(set().union(*bad))
 
     def prepare_data(self) -> None:
         """Index the videos, in one process of each machine; the others read the index."""

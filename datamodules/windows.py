@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
 from datamodules.listing import Video
+from datamodules.mixed import MixedDataModule
 from datamodules.video import Split, VideoClips, VideoDataModule
 
 # What changes nothing about a clip, or is nobody else's business.
@@ -76,7 +77,13 @@ def video_name(video: Video) -> str:
 
 
 def provenance(data: VideoDataModule, datasets: Mapping[Split, Dataset[dict[str, Any]]]) -> dict[str, Any]:
-    """Return what a header says about the data: its class and options, and a digest of the list of its clips."""
+    """Return what a header says about the data: its class and options, and a digest of the list of its clips.
+
+    Raises:
+        ValueError: if images are mixed into the videos.
+    """
+    if isinstance(data, MixedDataModule):
+        raise ValueError(f"{type(data).__name__} cannot be cached: a cache holds videos alone (--data).")
     options = {name: value for name, value in data.hparams.items() if name not in _NOT_THE_TRANSFORM}
     return {
         "num_frames": data.num_frames,

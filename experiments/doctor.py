@@ -248,7 +248,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         ("gigabytes", "GB on disk"),
     ):
         values = [found[key] for found in splits.values()]
-        rows.append([text, *(f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in values)])
+        rows.append([text, *(_short(value) if isinstance(value, float) else f"{value:,}" for value in values)])
     lines += _aligned(rows)
     if any(found["classes"] for found in splits.values()):
         lines += ["", "Usable videos of each class, of all"]
@@ -261,8 +261,9 @@ def as_text(report: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"A clip takes a worker {1000 * estimates['seconds_per_clip_and_worker']:.0f} ms, an epoch "
-            f"{estimates['hours_per_epoch_and_worker']:.2f} hours divided by the number of workers. Stored as raw "
-            f"frames of {clip['resolution']} pixels, the data set takes {estimates['gigabytes_as_raw_frames']:.2f} GB.",
+            f"{_short(estimates['hours_per_epoch_and_worker'])} hours divided by the number of workers. Stored as raw "
+            f"frames of {clip['resolution']} pixels, the data set takes "
+            f"{_short(estimates['gigabytes_as_raw_frames'])} GB.",
         ]
     for kind, found in report["problems"].items():
         if found:
@@ -272,6 +273,11 @@ def as_text(report: Mapping[str, Any]) -> str:
             lines += [f"  and {len(shown) - _LINES} more"] if len(shown) > _LINES else []
     lines += ["", "Something is wrong, see above." if report["wrong"] else "Nothing is wrong."]
     return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    """Two digits behind the point, or two that count where that would be nothing."""
+    return f"{value:,.2f}" if value >= 0.1 or not value else f"{value:.2g}"
 
 
 def _shown(problem: Any) -> str:

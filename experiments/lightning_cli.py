@@ -31,6 +31,7 @@ import datamodules  # noqa: F401  (class names work without their path once impo
 import lightning_modules  # noqa: F401
 from callbacks import EMA, Checkpoint, FVDEvaluation, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
 from callbacks.sample_writer import SampleWriter
+from datamodules.mixed import MixedDataModule
 from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
@@ -197,6 +198,7 @@ class LongtakeTrainer(Trainer):
         window_stride: int | None = None,
         copies: int = 1,
         latents: Literal["bf16", "fp32"] | None = None,
+        tasks: list[str] | None = None,
         shard_items: int = 1024,
     ) -> None:
         """Run the tokenizer over all clips of a data module and keep the codes; `--data TokenDataModule` reads them.
@@ -212,20 +214,24 @@ class LongtakeTrainer(Trainer):
             copies: Copies of the training clips, each with a random place, crop and flip of its own, as the first
                 epochs would show them.
             latents: Keep latents in this type instead of codes, with the statistics of their channels.
+            tasks: For a model with tasks, those of which the codes of the condition are kept, too; null keeps those of
+                all tasks that the model trains, [] none.
             shard_items: Clips of a shard: what is lost at most when the command is killed.
         """
         if not isinstance(model, VideoGenerator) or not out:
             raise ValueError("Give the experiment of a generator, and --out FOLDER: `tokenize` runs its tokenizer.")
-        options = TokenOptions(windows, window_stride, copies, shard_items, latents)
+        options = TokenOptions(windows, window_stride, copies, shard_items, latents, model.conditions(tasks))
         if self.strategy.launcher is None:
             self._tokenize(model, datamodule, Path(out), options)
         else:
             self.strategy.launcher.launch(self._tokenize, model, datamodule, Path(out), options, trainer=self)
 
     @torch.no_grad()
-    def _tokenize(self, model: VideoGenerator, data: VideoDataModule, folder: Path, options: TokenOptions) -> None:
+    def _tokenize(self, model: Any, data: VideoDataModule, folder: Path, options: TokenOptions) -> None:
         """What each process does."""
         self.strategy.setup_environment()
+        if options.tasks:
+            model.to(self.strategy.root_device)  # it makes the conditions
         tokenizer = model.tokenizer.to(self.strategy.root_device)
         if tokenizer.codebook_size is None and options.latents is None:
             raise ValueError("This tokenizer is continuous and has no codes: keep its latents (--latents bf16).")
@@ -236,11 +242,13 @@ class LongtakeTrainer(Trainer):
         }
 
         def encode(video: torch.Tensor) -> dict[str, torch.Tensor]:
-            encoded = tokenizer.encode(video.to(self.strategy.root_device))
-            if options.latents is not None:
-                return {"latents": encoded.latents}
-            assert encoded.codes is not None
-            return {"codes": encoded.codes}
+            video = video.to(self.strategy.root_device)
+            encoded = tokenizer.encode(video)
+            grids = {"codes": encoded.codes} if options.latents is None else {"latents": encoded.latents}
+            conditions = {task: model.condition_codes(video, task, len(video)) for task in options.tasks}
+            return grids | {
+                f"task/{task}": codes.unflatten(1, model.latent_shape) for task, codes in conditions.items()
+            }
 
         if self.is_global_zero:
             data.prepare_data()
@@ -498,7 +506,9 @@ class LongtakeCLI(LightningCLI):
         if isinstance(self.model, VideoGenerator):
             self.model.load_tokenizer()
             if isinstance(self.datamodule, TokenDataModule):
-                self.datamodule.require_tokenizer(self.model.tokenizer_digest)
+                self.datamodule.require(self.model.tokenizer_digest, self.model.conditions())
+        if self.subcommand == "fit" and isinstance(self.datamodule, MixedDataModule):
+            self.datamodule.require_model(self.model)  # before any data is prepared
         curriculum = self._get(self.config_init, "curriculum")
         if self.subcommand != "fit" or curriculum.schedule == "longest":
             return

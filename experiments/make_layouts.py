@@ -25,7 +25,11 @@ from datamodules.decoding import UnreadableVideoError, iter_frames, probe
 from datamodules.frames import find_videos
 from datamodules.tfrecord import encode_example, write_records
 
-LAYOUTS = ("ucf101", "bair", "k600", "ssv2", "frames")
+LAYOUTS = (
+    "ucf101", "bair", "k600", "ssv2", "frames", "sky_timelapse", "taichi_hd", "nuscenes_front", "objectron", "images",
+    "captions",
+)  # fmt: skip
+_SOUND_RATE = 16_000
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,21 @@ class Clip:
     def split(self, fold: int = 1) -> str:
         """Return `train`, or `val` for every third clip: the last of three in the first fold."""
         return "val" if self.number % 3 == 3 - fold else "train"
+
+    @property
+    def test(self) -> str:
+        """The split, where it is called `train` and `test`."""
+        return "train" if self.split() == "train" else "test"
+
+    @property
+    def name(self) -> str:
+        """A name of its own."""
+        return f"{self.source}_{self.number:02d}"
+
+    @property
+    def captioned(self) -> str:
+        """Its path in the lists of captions."""
+        return f"clips/{self.name}.mp4"
 
     @property
     def words(self) -> list[str]:
@@ -80,8 +99,10 @@ def fitted(frames: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def write_video(path: Path, frames: np.ndarray, codec: str, fps: int, options: Mapping[str, str]) -> None:
-    """Encode frames `[T, H, W, 3]`; the suffix chooses the container."""
+def write_video(
+    path: Path, frames: np.ndarray, codec: str, fps: int, options: Mapping[str, str], hertz: float | None = None
+) -> None:
+    """Encode frames `[T, H, W, 3]`, if wanted with a tone; the suffix chooses the container."""
     path.parent.mkdir(parents=True, exist_ok=True)
     reformatter = VideoReformatter()
     with av.open(str(path), "w") as container:
@@ -89,10 +110,19 @@ def write_video(path: Path, frames: np.ndarray, codec: str, fps: int, options: M
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        sound = None if hertz is None else container.add_stream("aac", rate=_SOUND_RATE, layout="mono")
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(reformatter.reformat(picture, format="yuv420p", threads=1)))
         container.mux(stream.encode())
+        if sound is not None and hertz is not None:
+            phase = 2 * np.pi * hertz * np.arange(_SOUND_RATE * len(frames) // fps) / _SOUND_RATE
+            wave = (16_000 * np.sin(phase)).astype(np.int16)
+            samples = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+            samples.sample_rate, samples.pts, samples.time_base = _SOUND_RATE, 0, Fraction(1, _SOUND_RATE)
+            for part in av.AudioResampler(sound.codec_context.format, "mono", _SOUND_RATE).resample(samples):
+                container.mux(sound.encode(part))
+            container.mux(sound.encode())
 
 
 def write_clip(root: Path, layout: str, number: int, clip: Clip, frames: np.ndarray) -> None:
@@ -108,10 +138,35 @@ def write_clip(root: Path, layout: str, number: int, clip: Clip, frames: np.ndar
         options = {"crf": "20", "b": "0", "g": "600", "deadline": "realtime", "cpu-used": "8"}
         write_video(file, fitted(frames, 427, 240), "libvpx-vp9", 12, options)
     elif layout == "frames":
-        folder = root / clip.split() / clip.source / f"{clip.source}_{clip.number:02d}"
-        folder.mkdir(parents=True)
-        for time, frame in enumerate(fitted(frames, 256, 256)):
-            Image.fromarray(frame).save(folder / f"{time + 1:06d}.jpg", quality=95)
+        write_frames(root / clip.split() / clip.source / clip.name, fitted(frames, 256, 256), 1)
+    elif layout == "sky_timelapse":
+        folder = root / f"sky_{clip.test}" / clip.source / f"{clip.source}_{clip.number + 1}"
+        write_frames(folder, fitted(frames, 640, 360), 1 + clip.number * len(frames))
+    elif layout == "taichi_hd":
+        name = f"{clip.source}#{clip.number * len(frames):06d}#{(clip.number + 1) * len(frames):06d}.mp4"
+        write_video(
+            root / clip.test / name, fitted(frames, 256, 256), "libx264", 30, {"crf": "18", "preset": "veryfast"}
+        )
+    elif layout == "nuscenes_front":  # names end in a time stamp in microseconds, twelve a second
+        folder = root / clip.split() / f"scene-{number + 1:04d}"
+        write_frames(folder, fitted(frames, 800, 450), 1_532_402_927_612_460, 83_333)
+    elif layout == "objectron":
+        file = root / clip.test / clip.source / "batch-1" / str(clip.number) / "video.MOV"
+        write_video(file, fitted(frames, 480, 640), "libx264", 30, {"crf": "18", "preset": "veryfast"})
+    elif layout == "images":
+        file = root / clip.split() / clip.source / f"{clip.name}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(fitted(frames[:1], 500, 375)[0]).save(file, quality=95)
+    elif layout == "captions":
+        options = {"crf": "18", "preset": "veryfast"}
+        write_video(root / clip.captioned, fitted(frames, 320, 240), "libx264", 25, options, 500.0 * (number % 12 + 1))
+
+
+def write_frames(folder: Path, frames: np.ndarray, first: int, step: int = 1) -> None:
+    """Write frames `[T, H, W, 3]` as JPEG files, numbered `first`, `first + step`, ..."""
+    folder.mkdir(parents=True)
+    for time, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / f"{first + step * time:06d}.jpg", quality=95)
 
 
 def bair_record(frames: np.ndarray) -> bytes:
@@ -173,6 +228,20 @@ def write_lists(root: Path, layout: str, clips: Sequence[Clip], records: Sequenc
                 for clip in splits[split]
             ]
             (lists / f"{name}.json").write_text(json.dumps(content, indent=1))
+    elif layout == "captions":
+        labels = {source: str(number) for number, source in enumerate(dict.fromkeys(clip.source for clip in clips))}
+        for split, chosen_clips in splits.items():
+            lines = [
+                json.dumps(
+                    {
+                        "path": clip.captioned,
+                        "text": f"part {clip.number + 1} of {' '.join(clip.words)}",
+                        "label": int(labels[clip.source]),
+                    }
+                )
+                for clip in chosen_clips
+            ]
+            _write_rows(root / f"{split}.jsonl", lines)
 
 
 def _k600_name(clip: Clip) -> str:

@@ -164,10 +164,20 @@ class COMMITModule(VideoGenerator):
             return torch.zeros(batch_size, self.network.num_tokens, dtype=torch.long, device=self.device)
         if video is None:
             raise ValueError(
-                f"The task {task} tokenizes a padded video and cannot use cached codes: give a data module with pixels "
-                f"(--data), or train only {' and '.join(EMPTY_TASKS)} (--model.tasks)."
+                f"The task {task} needs the codes of a padded video, and this batch has neither pixels nor "
+                f"`task/{task}`: tokenize with this experiment, which keeps them, or give a data module with pixels "
+                "(--data)."
             )
         return self.encode_video(padded_video(video, task, self.hparams["past_frames"])).flatten(1)
+
+    def conditions(self, tasks: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Return the tasks that give pixels, each with what its padded video depends on besides the clip."""
+        chosen = self.tasks if tasks is None else [self.checked_task(task) for task in tasks]
+        return {
+            task: {"past_frames": self.hparams["past_frames"]} if "prediction" in task else {}
+            for task in chosen
+            if task not in EMPTY_TASKS
+        }
 
     def check_labels(self, label: Tensor) -> None:
         """Raise ValueError unless all labels are classes of the model; others would be read as prompts."""
@@ -231,7 +241,8 @@ class COMMITModule(VideoGenerator):
         """Cross-entropy of all tokens of corrupted clips.
 
         Args:
-            batch: Has the clips' `video` and `label`, where the task needs them.
+            batch: Has the clips' `video` (or, from a cache, the condition's codes `task/...`) and `label`, where the
+                task needs them.
             task: Which task.
             codes: `[B, N]` clean codes.
             mask: What `random_mask` returns.
@@ -241,7 +252,8 @@ class COMMITModule(VideoGenerator):
             Nats and what the input held (see `multivariate_mask`), each `[B, N]`.
         """
         count, scores = mask
-        condition = self.condition_codes(batch.get("video"), task, len(codes))
+        cached = batch.get(f"task/{task}")
+        condition = self.condition_codes(batch.get("video"), task, len(codes)) if cached is None else cached.flatten(1)
         tokens, kinds = multivariate_mask(
             codes, condition, self.condition_tokens(task), scores, count, self.network.mask_id
         )
@@ -372,7 +384,12 @@ class COMMITModule(VideoGenerator):
         )
 
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
-        """Videos for a callback to show, from the clips of the batch, for one task after the other."""
+        """Videos for a callback to show, from the clips of the batch, for one task after the other.
+
+        Where the batch holds codes, what a task gives is taken from the video that they decode to.
+        """
+        if "video" not in batch:
+            batch = batch | {"video": self.decode_codes(batch["codes"])}
         video = torch.empty(len(seeds), 3, *self.clip_shape, device=self.device)
         for first, task in enumerate(self.tasks[: len(seeds)]):
             rows = slice(first, len(seeds), len(self.tasks))

@@ -1,6 +1,7 @@
 """What all second-stage models share: a frozen tokenizer, codes from batches, and the interface that callbacks use."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -204,6 +205,19 @@ class VideoGenerator(LightningModule):
         frames = self.downsample[0]
         before = batch["margin_before"] // frames
         return codes[:, before : before + self.latent_frames(batch["window_frames"])], batch["window_start"] // frames
+
+    def conditions(self, tasks: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Return the tasks whose training needs the codes of a condition, each with the settings that they depend on.
+
+        Args:
+            tasks: Which of them; None takes all that the model trains.
+
+        Raises:
+            ValueError: If the model has no such task.
+        """
+        if tasks:
+            raise ValueError(f"tasks={list(tasks)}: {type(self).__name__} has no tasks to choose from (--tasks).")
+        return {}
 
     def sliced_by_rank(self, draw: Any, batch_size: int) -> Tensor:
         """This rank's rows of `draw(global batch size)`: two ranks with B draw what one draws with 2B."""

@@ -137,6 +137,8 @@ class VQGAN3DModule(LightningModule):
                 raise ValueError(f"{axis}_discriminator has no use: {axis}_gan_weight={weight}.")
         self.automatic_optimization = False
         self.tokenizer = tokenizer
+        # a causal tokenizer takes an image for a video of one frame; without down-sampling in time, every frame is one
+        self.accepts_images = tokenizer.encoder.is_causal or tokenizer.downsample[0] == 1
         self.l1_weight = l1_weight
         self.l2_weight = l2_weight
         self.perceptual_weight = perceptual_weight

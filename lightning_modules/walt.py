@@ -186,7 +186,7 @@ class WALTModule(VideoGenerator):
         self.frame_prediction = frame_prediction
         self.past_latents = tuple(past_latents)
         self.self_conditioning = self_conditioning
-        self.joint_images = joint_images
+        self.joint_images = self.accepts_images = joint_images
         self.low_res_path = low_res_tokenizer
         self.low_res_max_time = low_res_max_time
         self.init_from = init_from

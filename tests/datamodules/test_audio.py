@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 from numbered_video import numbered_frame, read_numbers
@@ -14,12 +15,10 @@ from datamodules.audio import (
     SAMPLING_RATE,
     AudioFramesDataModule,
     SoundClips,
-    frame_times,
-    has_sound,
-    read_sound,
     spectrogram,
 )
 from datamodules.sampler import ClipRequest
+from datamodules.sound import frame_times, has_sound, read_sound
 from datamodules.video import Video, VideoClips
 
 # 5 frames of 40 ms, away from the waveform's ends
@@ -112,12 +111,12 @@ class TestReading:
         path = write_sound_video(tmp_path / "a.mkv", 25, "pcm_s16le", rate=rate)
         waveform = read_sound(path, 10.0)
         assert len(waveform) == pytest.approx(SAMPLING_RATE, abs=64)
-        assert waveform.dtype == torch.float32
-        assert 0.4 < waveform.abs().max() < 0.8
+        assert waveform.dtype == np.float32
+        assert 0.4 < np.abs(waveform).max() < 0.8
 
     def test_only_what_is_needed_is_returned(self, tmp_path: Path) -> None:
         path = write_sound_video(tmp_path / "a.mkv", 25, "pcm_s16le")
-        assert torch.equal(read_sound(path, 0.25), read_sound(path, 10.0)[: SAMPLING_RATE // 4 + 1])
+        assert np.array_equal(read_sound(path, 0.25), read_sound(path, 10.0)[: SAMPLING_RATE // 4 + 1])
 
     def test_sound_that_cannot_be_read_is_silence_and_a_warning(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -179,6 +178,37 @@ class TestWhoHasSound:
         (tmp_path / "a.mp4").write_bytes(b"")
         assert not has_sound(tmp_path / "a.mp4")
         assert not has_sound(tmp_path / "b.mp4")
+
+
+def test_sound_is_read_in_a_process_of_its_own_where_there_is_a_time_limit(tmp_path: Path) -> None:
+    path = write_sound_video(tmp_path / "a.mkv", 12, "pcm_s16le")
+    item, limited = (
+        SoundClips(VideoClips([Video(path, 0, 12, read_timeout=limit)], 4, 2, 64, seed=0))[ClipRequest(0, 1)]
+        for limit in (None, 60)
+    )
+    assert torch.equal(item["audio"], limited["audio"])
+
+
+def test_a_video_that_vanishes_before_its_sound_is_read_is_replaced_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train/a.mkv", "train/b.mkv", "val/c.mkv"):
+        write_sound_video(tmp_path / name, 8, "pcm_s16le")
+    data = AudioFramesDataModule(str(tmp_path), num_frames=4, resolution=64, batch_size=1)
+    data.prepare_data()
+    data.setup()
+    dataset: Any = data.datasets["train"]
+    read = VideoClips.read
+
+    def read_and_lose(clips: VideoClips, request: ClipRequest) -> torch.Tensor:
+        video = read(clips, request)
+        (tmp_path / "train/a.mkv").unlink(missing_ok=True)
+        return video
+
+    monkeypatch.setattr(VideoClips, "read", read_and_lose)
+    assert dataset[ClipRequest(0)]["index"] == 1
+    assert data.num_quarantined() == 1
+    assert "a.mkv" in (tmp_path / ".longtake" / "quarantine.jsonl").read_text()
 
 
 def test_a_replaced_video_comes_with_its_own_sound(tmp_path: Path) -> None:

@@ -161,8 +161,18 @@ class TestWhatIsRefused:
     def test_a_file_that_holds_less_than_its_name_promises_is_named(self, make_root: MakeRoot) -> None:
         root = make_root()
         write_records(root / "softmotion30_44k/test/traj_0_to_2.tfrecords", [payload(0)])
-        with pytest.warns(UserWarning, match=r"traj_0_to_2\.tfrecords holds 1 records; its name promises 3"):
+        with pytest.warns(UserWarning, match=r"traj_0_to_2\.tfrecords ends after 1 records; its name promises 3"):
             assert len(data_of(root).make_dataset("val")) == 1
+        entry = data_of(root).entries()[root / "softmotion30_44k/test/traj_0_to_2.tfrecords"]
+        assert entry.is_truncated  # though nothing in the file tells
+
+    def test_a_file_that_holds_more_than_its_name_promises_is_not_cut(self, make_root: MakeRoot) -> None:
+        root = make_root()
+        file = root / "softmotion30_44k/test/traj_0_to_2.tfrecords"
+        write_records(file, [payload(number) for number in range(4)])
+        entry = data_of(root).entries()[file]
+        assert entry.error.endswith("holds 4 records; its name promises 3")
+        assert not entry.is_truncated
 
     @pytest.mark.parametrize("frames", [29, 31])
     def test_a_record_without_thirty_frames_is_named_with_its_place(self, make_root: MakeRoot, frames: int) -> None:
@@ -233,9 +243,18 @@ class TestWhatIsRefused:
         root = make_root()
         content = {key: value for key, value in features(0).items() if "action" not in key}
         write_records(root / "softmotion30_44k/test/traj_0_to_2.tfrecords", [encode_example(content)] * 3)
-        val = data_of(root, actions=True).make_dataset("val")
         with pytest.raises(UnreadableVideoError, match=r"record 0 at byte 0: no `action` for each frame"):
-            val[ClipRequest(0)]
+            data_of(root, actions=True).make_dataset("val")
+
+    def test_a_record_without_actions_among_others_is_replaced(self, make_root: MakeRoot) -> None:
+        root = make_root()
+        bad = {key: value for key, value in features(1).items() if "action" not in key}
+        records = [encode_example(content) for content in (features(0), bad, features(2))]
+        write_records(root / "softmotion30_44k/test/traj_0_to_2.tfrecords", records)
+        data = data_of(root, actions=True)
+        data.setup()
+        assert data.datasets["val"][ClipRequest(1)]["index"] != 1
+        assert data.num_quarantined() == 1
 
     def test_checking_at_each_reading_is_a_switch(self, make_root: MakeRoot) -> None:
         root = make_root()

@@ -104,10 +104,15 @@ def test_an_unreadable_video_is_left_out(root: Path) -> None:
 
 def test_a_replaced_clip_brings_its_own_caption(root: Path) -> None:
     write_lists(root, [{"path": f"clips/{name}.mkv", "text": name} for name in "ab"])
-    dataset = data_of(root).make_dataset("train")
+    data = data_of(root)
+    data.setup()
     os.remove(root / "clips" / "a.mkv")
-    item = dataset[ClipRequest(0, 3)]
+    item = data.datasets["train"][ClipRequest(0, 3)]
     assert (item["index"], item["text"]) == (1, "b")
+    assert data.num_quarantined() == 1
+    again = data_of(root, max_bad_fraction=0.0)
+    with pytest.warns(UserWarning, match=r"a.mkv: .*left out|1 of 2 videos cannot be read"):
+        again.setup()
 
 
 class TestImages:
@@ -122,6 +127,22 @@ class TestImages:
         assert batch["is_image"].tolist() == [True, True]
         assert batch["text"] == ["image 0", "image 1"]
         assert batch["video"].mean((0, 2, 3, 4)).tolist() == [1, -1, -1]
+
+    def test_bad_images_are_left_out_or_replaced(self, tmp_path: Path) -> None:
+        for number in range(3):
+            Image.new("RGB", (40, 40)).save(tmp_path / f"{number}.png")
+        (tmp_path / "text.png").write_text("<html>")
+        names = ["text.png", "gone.jpg", "0.png", "1.png", "2.png"]
+        write_lists(tmp_path, [{"path": name, "text": name} for name in names], [{"path": "0.png", "text": "val"}])
+        data = data_of(tmp_path, num_frames=1, resolution=32)
+        with pytest.warns(UserWarning, match="2 of 5 videos cannot be read"):
+            data.setup()
+        dataset: Any = data.datasets["train"]
+        assert len(dataset) == 3
+        (tmp_path / "1.png").write_bytes(b"")  # since it was examined
+        item = dataset[ClipRequest(1)]
+        assert item["text"] in ("0.png", "2.png")
+        assert list(data.quarantine().reasons(dataset._places)) == [tmp_path / "1.png"]
 
     def test_an_image_among_videos_is_refused_with_its_line(self, root: Path) -> None:
         Image.new("RGB", (40, 40)).save(root / "i.png")
@@ -153,10 +174,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"train.jsonl:3: {message}"):
             data_of(root).setup()
 
-    def test_a_missing_file_is_named_with_its_line(self, root: Path) -> None:
-        write_lists(root, [{"path": "clips/a.mkv", "text": "x"}, {"path": "clips/z.mkv", "text": "x"}])
-        with pytest.raises(FileNotFoundError, match=r"train.jsonl:2: no file .*clips/z.mkv.*--data.root"):
-            data_of(root).prepare_data()
+    def test_a_list_whose_files_are_elsewhere_is_refused(self, root: Path) -> None:
+        write_lists(root, [{"path": "a.mkv", "text": "x"}, {"path": "b.mkv", "text": "x"}])
+        match = r"None of the 2 files of the list .*relative to --data.root.*a.mkv"
+        with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(FileNotFoundError, match=match):
+            data_of(root).make_dataset("train")
 
     def test_a_missing_list_is_named(self, root: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"No list of captions .*other.jsonl .*--data.train_list"):

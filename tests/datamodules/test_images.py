@@ -109,11 +109,21 @@ class TestBrokenImages:
         imagenet(tmp_path, per_class=3)
         (tmp_path / "train" / "n01" / "n01_1.JPEG").write_bytes(content)
         with caplog.at_level(logging.WARNING):
-            items = [data_of(tmp_path).make_dataset("train")[ClipRequest(1, 4)] for _ in range(2)]
+            data = data_of(tmp_path)
+            data.setup()
+            items = [data.datasets["train"][ClipRequest(1, 4)] for _ in range(2)]
         assert items[0]["index"] == items[1]["index"] != 1
         assert items[0]["label"] == items[0]["index"] // 3
         assert items[0]["is_image"] is True
         assert "n01_1.JPEG" in caplog.text
+        assert data.num_quarantined() == 1
+
+    def test_a_broken_image_is_known_to_the_next_run(self, tmp_path: Path) -> None:
+        imagenet(tmp_path, per_class=3)
+        (tmp_path / "train" / "n01" / "n01_1.JPEG").write_bytes(b"")
+        data_of(tmp_path).make_dataset("train")[ClipRequest(1)]
+        with pytest.warns(UserWarning, match="1 of 9 videos are in quarantine"):
+            data_of(tmp_path).make_dataset("train")
 
     def test_a_truncated_image_is_broken(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jpg"
@@ -148,7 +158,11 @@ class TestFolders:
         assert len(pickle.dumps(files)) < 50 * len(names)
         assert files[4_999].path == tmp_path / names[-1]
         assert [file.path.name for file in files[:2]] == ["n00000000_0.JPEG", "n00000000_1.JPEG"]
-        assert isinstance(ImageClips(files, 32, seed=0).videos, ImageFiles)
+        clips = ImageClips(files, 32, seed=0)
+        assert isinstance(clips.videos, ImageFiles)
+        assert len(pickle.dumps(clips)) < 60 * len(names)
+        assert tmp_path / names[7] in clips._places
+        assert tmp_path / "train/other.JPEG" not in clips._places
 
     def test_names_beyond_ascii_are_found(self, tmp_path: Path) -> None:
         for split in ("train", "val"):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from datamodules.frame_cache import FrameWriter
 from datamodules.mixed import MixedClips, MixedDataModule
 from datamodules.sampler import ClipRequest, ResumableLoader, make_item
 from datamodules.shapes import MovingShapesDataModule
@@ -206,6 +207,22 @@ class TestRefusals:
         videos = MovingShapesDataModule(8, 2, num_frames=5, resolution=32)
         with pytest.raises(ValueError, match=r"images have num_frames=5, expected 1"):
             MixedDataModule(videos, videos, num_frames=5, resolution=32)
+
+    def test_a_model_that_knows_no_images_is_refused(self) -> None:
+        class Model:
+            accepts_images = False
+
+        model = Model()
+        with pytest.raises(ValueError, match=r"Model, as it is set up, .*black frames.*--model.joint_images=true"):
+            mixed().require_model(model)
+        model.accepts_images = True
+        mixed().require_model(model)
+
+    def test_images_are_not_cached_as_videos(self, tmp_path: Path) -> None:
+        data = mixed()
+        data.setup("fit")
+        with pytest.raises(ValueError, match="MixedDataModule cannot be cached"):
+            FrameWriter(tmp_path / "frames", data)
 
     def test_a_curriculum_is_refused(self) -> None:
         with pytest.raises(ValueError, match="a curriculum needs the videos alone"):

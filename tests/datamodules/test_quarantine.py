@@ -110,7 +110,8 @@ class TestEveryKindOfBadFile:
         self.spoil(root / "train", write_video, monkeypatch)
         expected = set(BAD) - ({"slow", "deadly"} if read_timeout is None else {"denied"})  # the child may read it
         seen: list[int] = []
-        for epoch in range(2):
+        epochs = 2 if read_timeout is None else 1  # starting processes that read is what takes time
+        for epoch in range(epochs):
             loader = data.train_dataloader()
             loader.batch_sampler.set_epoch(epoch)
             for batch in loader:
@@ -121,7 +122,7 @@ class TestEveryKindOfBadFile:
         paths = [video.path for video in dataset.videos]
         bad = data.quarantine().reasons(paths)
         assert {path.stem for path in bad} == expected
-        assert len(seen) == 2 * len(paths)
+        assert len(seen) == epochs * len(paths)
         assert {paths[index].stem for index in seen} <= {path.stem for path in paths} - expected
         assert "pipe.avi: is a pipe" in bad[root / "train" / "pipe.avi"]
         if read_timeout is not None:

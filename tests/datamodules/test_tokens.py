@@ -266,29 +266,44 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, data: Any, options:
 # Tasks
 
 
-def test_a_tasks_condition_codes_come_along_when_asked_for(tmp_path: Path) -> None:
+def test_the_condition_codes_of_the_tasks_that_a_model_needs_come_along(tmp_path: Path) -> None:
     def with_condition(video: Tensor) -> dict[str, Tensor]:
-        return {"codes": shades(video), "task/upside_down": shades(video.flip(3))}
+        return {
+            "codes": shades(video),
+            "task/upside_down": shades(video.flip(3)),
+            "task/mirrored": shades(video.flip(4)),
+        }
 
-    folder = write(tmp_path / "codes", moving_shapes(), with_condition, tasks=["upside_down"])
-    clip = opened(folder, task="upside_down").datasets["train"][ClipRequest(1, window_start=4, window_frames=8)]
+    tasks = {"upside_down": {}, "mirrored": {"axis": 4}}
+    folder = write(tmp_path / "codes", moving_shapes(), with_condition, tasks=tasks)
+
+    def required(folder: Path, **needed: Any) -> dict[str, Any]:
+        data = TokenDataModule(str(folder), num_frames=16, resolution=32)
+        data.require("abc", needed)
+        data.setup()
+        return data.datasets["train"][ClipRequest(1, window_start=4, window_frames=8)]
+
+    clip = required(folder, upside_down={})
     assert clip["codes"].shape == (2, 4, 4)
-    assert torch.equal(clip["condition_codes"], clip["codes"].flip(1))
-    assert "condition_codes" not in opened(folder).datasets["train"][ClipRequest(1)]
-    with pytest.raises(
-        ValueError, match=r"no condition codes of task 'inward' \(--data.task\); its tasks: upside_down"
-    ):
-        opened(folder, task="inward")
+    assert torch.equal(clip["task/upside_down"], clip["codes"].flip(1))
+    assert "task/mirrored" not in clip
+    assert {"task/upside_down", "task/mirrored"} < required(folder, **tasks).keys()
+    with pytest.raises(ValueError, match=r"no condition codes of inward, .*--model.tasks.*its tasks: upside_down, mi"):
+        required(folder, inward={}, mirrored={"axis": 4})
+    with pytest.raises(ValueError, match=r"other settings than the model's: mirrored: {'axis': 4}, not {'axis': 3}"):
+        required(folder, mirrored={"axis": 3})
 
 
 def test_a_cache_without_tasks_says_so(cache: Path) -> None:
-    with pytest.raises(ValueError, match=r"task 'inward' .* its tasks: none"):
-        opened(cache, task="inward")
+    data = TokenDataModule(str(cache), num_frames=16, resolution=32)
+    data.require("abc", {"inward": {}})
+    with pytest.raises(ValueError, match=r"no condition codes of inward.* its tasks: none"):
+        data.setup()
 
 
 def test_a_tokenizer_that_gives_other_grids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds \['codes', 'task/inward'\], but got \['codes'\] to write"):
-        write(tmp_path / "codes", moving_shapes(), tasks=["inward"])
+        write(tmp_path / "codes", moving_shapes(), tasks={"inward": {}})
 
 
 # Interruptions and processes
@@ -480,13 +495,13 @@ def test_codes_of_other_clips_are_refused(cache: Path, changes: dict[str, int], 
 
 def test_codes_of_another_tokenizer_are_refused(cache: Path) -> None:
     data = TokenDataModule(str(cache), num_frames=16, resolution=32)
-    data.require_tokenizer("xyz")
+    data.require("xyz", {})
     with pytest.raises(ValueError, match=r"made by tokenizer abc, the model uses xyz.*--model.tokenizer"):
         data.setup("validate")
 
 
 def test_codes_of_the_models_tokenizer_are_taken(cache: Path) -> None:
     data = TokenDataModule(str(cache), num_frames=16, resolution=32)
-    data.require_tokenizer("abc")
+    data.require("abc", {})
     data.setup("fit")
     assert len(data.datasets["train"]) == 7

@@ -217,3 +217,53 @@ def test_a_model_without_tasks_refuses_them(tiny: Path, mebt_run: Path, word: st
     checkpoint = mebt_run / "checkpoints/last.ckpt"
     with pytest.raises(ValueError, match=rf"MeBTModule has no {name}s to choose from \(--{name}\)"):
         main(["sample", "--config=mebt.yaml", f"--ckpt_path={checkpoint}", word, "--out=made"])
+
+
+# Codes and conditions, computed once
+
+
+@pytest.fixture(scope="module")
+def cached_tasks(commit_run: tuple[Path, Path]) -> Path:
+    folder = commit_run[0].parent / "codes"
+    main(["tokenize", f"--config={commit_run[0]}", f"--out={folder}"])
+    return folder
+
+
+SHORT = ("--trainer.max_steps=6", "--trainer.val_check_interval=6")
+
+
+def test_training_from_cached_conditions_is_training_from_pixels(
+    commit_run: tuple[Path, Path], cached_tasks: Path, tmp_path: Path
+) -> None:
+    header = json.loads((cached_tasks / "cache.json").read_text())
+    assert header["tasks"] == {"frame_prediction": {"past_frames": 1}, "dynamic_inpainting": {}}
+    losses = []
+    for name, words in (("pixels", []), ("codes", ["--data=TokenDataModule", f"--data.root={cached_tasks}"])):
+        words = [*words, "--samples.every_n_steps=6", f"--run_root={tmp_path}", f"--run_name={name}"]
+        main(["fit", f"--config={commit_run[0]}", *SHORT, *words])
+        names = ("train/loss", "val/loss_frame_prediction", "val/loss_dynamic_inpainting")
+        losses.append([curve(tmp_path / name / "version_0", key) for key in names])
+    assert len(losses[0][0]) == 6
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.tasks=[central_inpainting,vertical_outpainting]"], "no condition codes of central_inpainting, vert"),
+        (["--model.past_frames=5"], r"frame_prediction: {'past_frames': 1}, not {'past_frames': 5}"),
+    ],
+)
+def test_a_cache_of_other_conditions_is_refused(
+    commit_run: tuple[Path, Path], cached_tasks: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    words = [*words, "--data=TokenDataModule", f"--data.root={cached_tasks}", f"--run_root={tmp_path}"]
+    with pytest.raises(ValueError, match=message):
+        main(["fit", f"--config={commit_run[0]}", *SHORT, *words])
+
+
+def test_tokenize_keeps_the_tasks_that_are_asked_for(commit_run: tuple[Path, Path], tmp_path: Path) -> None:
+    main(["tokenize", f"--config={commit_run[0]}", f"--out={tmp_path / 'one'}", "--tasks=[dynamic_inpainting]"])
+    assert set(json.loads((tmp_path / "one/cache.json").read_text())["fields"]) == {"codes", "task/dynamic_inpainting"}
+    with pytest.raises(ValueError, match="task=juggling is none of this model's"):
+        main(["tokenize", f"--config={commit_run[0]}", f"--out={tmp_path / 'two'}", "--tasks=[juggling]"])

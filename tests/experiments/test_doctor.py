@@ -150,7 +150,8 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     for name, level in (("one", 0), ("other", 60)):
         write_video(folder / f"clips/{name}.avi", 90, brightness=level)
-    make_layouts([str(folder / "clips"), str(folder / "out"), "--frames=30"])
+    names = [layout for layout, *_ in TestEveryDataModule.SOUND.values()]
+    make_layouts([str(folder / "clips"), str(folder / "out"), "--frames=30", "--layouts", *names])
     return folder / "out"
 
 
@@ -206,6 +207,23 @@ class TestEveryDataModule:
             assert 0 < report["splits"]["train"]["usable"] < 4
         else:
             assert report["splits"]["train"]["usable"] == 3
+
+    def test_images_and_captions_are_examined_too(self, tmp_path: Path) -> None:
+        root = tmp_path / "data"
+        for split, name in (("train", "a"), ("train", "b"), ("val", "c")):
+            (root / split / "dog").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(root / split / "dog" / f"{name}.png")
+            line = {"path": f"{split}/dog/{name}.png", "text": "a dog"}
+            (root / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
+        (root / "train/dog/b.png").write_text("<html>")
+        code, report = self.run("ImageFolderDataModule", root, tmp_path / "out")
+        assert (code, list(report["problems"]["corrupt"])) == (1, [str(root / "train/dog/b.png")])
+        assert [report["splits"][split]["usable"] for split in ("train", "val")] == [1, 1]
+        with (root / "val.jsonl").open("a") as file:
+            file.write('{"path": "val/gone.png", "text": "nothing"}\n')
+        code, report = self.run("CaptionedDataModule", root, tmp_path / "out", "--data.num_frames=1")
+        assert (code, list(report["problems"]["missing"])) == (1, [str(root / "val/gone.png")])
+        assert list(report["problems"]["corrupt"]) == [str(root / "train/dog/b.png")]
 
     @pytest.mark.parametrize("name", ["UCF101DataModule", "K600DataModule", "SSV2DataModule"])
     def test_what_a_list_names_and_is_not_there_is_missing(self, layouts: Path, tmp_path: Path, name: str) -> None:

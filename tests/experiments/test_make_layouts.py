@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import BAIRDataModule, FramesDataModule, K600DataModule, SSV2DataModule, UCF101DataModule
+from datamodules import (
+    BAIRDataModule,
+    CaptionedDataModule,
+    FramesDataModule,
+    ImageFolderDataModule,
+    K600DataModule,
+    SSV2DataModule,
+    UCF101DataModule,
+)
 from datamodules.sampler import ClipRequest
 from datamodules.video import VideoDataModule
 from experiments.make_layouts import main, write_video
@@ -41,14 +49,22 @@ DATA: dict[str, MakeData] = {
     "k600": lambda root: K600DataModule(str(root), num_frames=FRAMES, resolution=32),
     "ssv2": lambda root: SSV2DataModule(str(root), num_frames=FRAMES, resolution=32),
     "frames": lambda root: FramesDataModule(str(root), num_frames=FRAMES, resolution=32),
+    "sky_timelapse": lambda root: FramesDataModule(
+        str(root), num_frames=FRAMES, resolution=32, train_folder="sky_train", val_folder="sky_test", has_classes=False
+    ),
+    "taichi_hd": lambda root: FramesDataModule(str(root), num_frames=FRAMES, resolution=32),
+    "nuscenes_front": lambda root: FramesDataModule(str(root), num_frames=FRAMES, resolution=32, has_classes=False),
+    "objectron": lambda root: FramesDataModule(str(root), num_frames=FRAMES, resolution=32, has_classes=False),
+    "captions": lambda root: CaptionedDataModule(str(root), num_frames=FRAMES, resolution=32, audio=True),
 }
+UNLABELLED = ("bair", "sky_timelapse", "taichi_hd", "nuscenes_front", "objectron")
 
 
 @pytest.mark.parametrize("layout", DATA)
 def test_every_clip_comes_back_with_its_label_and_its_frames(layouts: Path, layout: str) -> None:
     data = DATA[layout](layouts / layout)
     # files in the order of their names: `left_turn` has one clip, `street scene` three, of which the last is held out
-    turn, street = (0, 0) if layout == "bair" else (0, 1)
+    turn, street = (0, 0) if layout in UNLABELLED else (0, 1)
     expected = {"train": {(turn, 0), (street, 0), (street, 30)}, "val": {(street, 60)}}
     for split in ("train", "val"):
         dataset = data.make_dataset(split)
@@ -60,6 +76,14 @@ def test_every_clip_comes_back_with_its_label_and_its_frames(layouts: Path, layo
             (start,) = {FRAMES * round((level - 240) / 5) for level in clip.tolist()}
             seen.add((item["label"], start))
         assert seen == expected[split]
+
+
+def test_images_and_captions_say_which_clip_they_show(layouts: Path) -> None:
+    images = ImageFolderDataModule(str(layouts / "images"), resolution=32)
+    assert [len(images.make_dataset(split)) for split in ("train", "val")] == [3, 1]
+    item = CaptionedDataModule(str(layouts / "captions"), audio=True).make_dataset("val")[ClipRequest(0)]
+    assert item["text"] == "part 3 of street scene"
+    assert item["audio"].amax(-1).argmax(2).unique().tolist() == [15]  # its tone, 2,000 Hz, ends that band
 
 
 @pytest.mark.parametrize(("camera", "lighter"), [("image_main", "left"), ("image_aux1", "right")])

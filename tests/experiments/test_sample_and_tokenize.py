@@ -196,3 +196,13 @@ def test_tokenize_needs_a_generator_and_a_place(tiny: Path, experiment: str) -> 
     with pytest.raises(ValueError, match="Give the experiment of a generator, and --out FOLDER"):
         main(["tokenize", f"--config={experiment}.yaml", *words])
     assert not Path("codes").exists()
+
+
+def test_images_among_videos_are_refused_before_a_model_trains_on_black_frames(tiny: Path) -> None:
+    parts = [
+        f"--data.{part}{option}"
+        for part, frames in (("videos", 16), ("images", 1))
+        for option in ("=MovingShapesDataModule", f".num_frames={frames}", ".resolution=32")
+    ]
+    with pytest.raises(ValueError, match="MeBTModule, as it is set up, does not tell images from videos"):
+        main(["fit", "--config=mebt.yaml", "--data=MixedDataModule", *parts, "--curriculum.schedule=longest"])

@@ -181,9 +181,20 @@ def test_pixels_and_cached_codes_give_the_same_loss_where_no_pixel_is_known(
     assert losses[0] == losses[1]
 
 
+def test_cached_condition_codes_give_the_loss_of_pixels(tokenizer_bundle: Path, clips: dict[str, Tensor]) -> None:
+    module = make_module(tokenizer_bundle, tasks=("class_conditional", "frame_prediction", "central_inpainting"))
+    cached = {"codes": module.window_codes(clips)[0], "label": clips["label"]}
+    for task in module.conditions():
+        codes = module.condition_codes(clips["video"], task, len(clips["label"]))
+        cached[f"task/{task}"] = codes.unflatten(1, module.latent_shape)
+    assert len(cached) == 4
+    losses = [[attach(module, step=step).training_step(batch, 0) for step in range(6)] for batch in (clips, cached)]
+    assert losses[0] == losses[1]
+
+
 def test_cached_codes_are_refused_where_pixels_are_known(module: COMMITModule, clips: dict[str, Tensor]) -> None:
     cached = {"codes": module.window_codes(clips)[0], "label": clips["label"]}
-    with pytest.raises(ValueError, match="cannot use cached codes: give a data module with pixels"):
+    with pytest.raises(ValueError, match=r"neither pixels nor `task/.*give a data module with pixels"):
         module.validation_step(cached, 0)
 
 
