@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.priors.mebt import PUBLISHED_STACK, MeBT, masked_token_loss
+from models.priors.mebt import PUBLISHED_STACK, MaskedWindow, MeBT, masked_token_loss
 from models.weights import official_mebt_name
 
 GoldenTensor = Callable[[str, tuple[int, ...], float], Tensor]
@@ -112,8 +112,9 @@ def test_loss_and_gradients_equal_the_official_ones(
     logits = golden_mebt(CODES, context, masked)
     nll = F.cross_entropy(logits.transpose(1, 2), CODES.gather(1, masked), reduction="none")
     assert nll.sum().item() == pytest.approx(ce_sum, abs=1e-5)
-    assert masked_token_loss(nll, 4 * length, rho_power=0.0).item() == pytest.approx(plain_loss, abs=1e-6)
-    loss = masked_token_loss(nll, 4 * length)
+    window = MaskedWindow(context, masked, num_masked / (4 * length), None)
+    assert masked_token_loss(nll, window, rho_power=0.0).item() == pytest.approx(plain_loss, abs=1e-6)
+    loss = masked_token_loss(nll, window)
     assert loss.item() == pytest.approx(mean_loss, abs=1e-6)
     loss.backward()
     parameters = (
@@ -221,12 +222,6 @@ def test_zero_head_loses_log_of_the_codebook_size() -> None:
     network = MeBT(16384, 8, dim=8, num_heads=2, num_latents=2, blocks=("latent_enc", "latent_dec"))
     nn.init.zeros_(network.head.weight)
     order = torch.arange(8).expand(1, -1)
-    logits = network(torch.zeros(1, 8, dtype=torch.long), order[:, :4], order[:, 4:])
-    nll = F.cross_entropy(logits.transpose(1, 2), torch.full((1, 4), 7), reduction="none")
-    assert masked_token_loss(nll, 8).item() == pytest.approx(9.7041, abs=1e-4)
-
-
-@pytest.mark.parametrize("num_masked", [0, 9])
-def test_loss_refuses_an_impossible_number_of_masked_tokens(num_masked: int) -> None:
-    with pytest.raises(ValueError, match="do not fit a window of 8"):
-        masked_token_loss(torch.zeros(2, num_masked), 8)
+    features = network.features(torch.zeros(1, 8, dtype=torch.long), order[:, :4], order[:, 4:])
+    nll = network.cross_entropy(features, torch.full((1, 4), 7))
+    assert nll.mean().item() == pytest.approx(9.7041, abs=1e-4)
