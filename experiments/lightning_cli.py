@@ -446,8 +446,11 @@ class LongtakeCLI(LightningCLI):
         dumped = self._parser(command).dump(config, skip_none=False, skip_link_targets=False, format="json")
         given = json.loads(dumped)["model"]
         now = {"_class_path": given["class_path"], **given["init_args"]}
-        # A checkpoint does not bind how to sample, nor where the tokenizer lies: its hash is checked when it is loaded.
-        free = {"sampling"} | {key for key in ("tokenizer",) if isinstance(now.get(key), str)}
+        # A checkpoint does not bind how to sample or to compute, nor where the tokenizer lies: its hash is checked when
+        # it is loaded.
+        free = {"sampling", "compile_network", "gradient_checkpointing"} | {
+            key for key in ("tokenizer",) if isinstance(now.get(key), str)
+        }
         differing = [
             f"  {key.lstrip('_')}: {saved[key]!r} in the checkpoint, {now[key]!r} given"
             for key in saved.keys() & now.keys() - free

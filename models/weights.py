@@ -179,7 +179,8 @@ def read_foreign_checkpoint(path: Path) -> dict[str, Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         inert: list[Any] = [(type(name.rpartition(".")[2], (Foreign,), {}), name) for name in names]
         with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: the moments of the optimizer, most of such a file, are never read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         kinds = ", ".join(re.findall(r"GLOBAL (\S+)", str(error))) or "what is neither tensor nor plain value"
         raise ValueError(f"{path} asks for {kinds}. That could run any code: refused.") from error
@@ -189,7 +190,7 @@ def read_foreign_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def import_tats_tokenizer(
-    path: Path, downsample: tuple[int, int, int] | None = None
+    path: Path, downsample: tuple[int, int, int] | None = None, prefix: str = ""
 ) -> tuple[VQGAN3D, dict[str, Any], dict[str, Any]]:
     """Read a tokenizer that TATS has released (or MeBT, whose tokenizer is the same).
 
@@ -200,6 +201,7 @@ def import_tats_tokenizer(
     Args:
         path: A Lightning checkpoint of the official code.
         downsample: Frames, rows and columns that one code covers; None takes them from the stored hyper-parameters.
+        prefix: Beginning of the tokenizer's names, in a checkpoint that holds more.
 
     Returns:
         The tokenizer, the configuration that `build` makes it from, and where its weights come from.
@@ -214,9 +216,10 @@ def import_tats_tokenizer(
         raise ValueError(f"{path} is no Lightning checkpoint: it holds no state_dict.")
     stored = (checkpoint.get("hyper_parameters") or {}).get("args")
     arguments = stored.state if isinstance(stored, Foreign) and isinstance(stored.state, dict) else {}
+    names = {name: name[len(prefix) :] for name in checkpoint["state_dict"] if name.startswith(prefix)}
     state = {
-        re.sub(r"^codebook\.", "quantizer.", name): tensor
-        for name, tensor in checkpoint["state_dict"].items()
+        re.sub(r"^codebook\.", "quantizer.", name): checkpoint["state_dict"][whole]
+        for whole, name in names.items()
         if not name.startswith(_TATS_TRAINING_ONLY)
     }
     if foreign := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
@@ -346,3 +349,33 @@ def load_tokenizer(path: str | Path) -> VQGAN3D:
         tokenizer, _, provenance = tokenizer_from_checkpoint(path)
         logger.info("Tokenizer %s: %s of step %d.", path, provenance["weights"], provenance["step"])
     return tokenizer.eval().requires_grad_(False)
+
+
+def load_prior(path: str | Path) -> nn.Module:
+    """Load a prior for frozen use: in eval mode, without gradients.
+
+    Args:
+        path: A bundle folder that `longtake import-weights` has made, or a checkpoint that MeBT has released.
+
+    Returns:
+        The network; MeBT's is called as `network(codes [B, N], context [B, S], targets [B, M])`.
+
+    Raises:
+        FileNotFoundError: If nothing is there, or a folder that is no bundle.
+        ValueError: If it is no prior, or the weights do not fit the configuration beside them.
+    """
+    from models.import_mebt import import_mebt  # which itself needs what is above
+
+    path = Path(path)
+    if path.is_dir():
+        missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path} is no bundle: it holds no {' and no '.join(missing)}.")
+        config = json.loads((path / "config.json").read_text())
+        if not config["class_path"].startswith("models.priors."):
+            raise ValueError(f"{config['class_path']} is no prior: expected a network of models.priors.")
+        network: nn.Module = build(config)
+        load_state(network, load_file(path / "model.safetensors"), path)
+    else:
+        network, _, _ = import_mebt(path)
+    return network.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Run all scripts of this folder, or those named: a table of each, and `runs/bench/<script>.json`."""
+"""Run all scripts of this folder, or those named: a table of each, `runs/bench/<script>.json`, some a plot."""
 
 import argparse
 import importlib
@@ -20,7 +20,10 @@ def main() -> None:
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are: {', '.join(scripts)}")
     for name in options.scripts or scripts:
         module = importlib.import_module(f"experiments.benchmarks.{name}")
-        report(name, module.run(options.quick), options.out, options.quick)
+        measurements = module.run(options.quick)
+        report(name, measurements, options.out, options.quick)
+        if hasattr(module, "plot"):
+            module.plot(measurements, options.out / f"{name}.png")
 
 
 if __name__ == "__main__":
