@@ -53,8 +53,8 @@ SIZES = {
     "quick": Size(
         steps=2,
         seeds=dict.fromkeys(ARMS, 1),
-        num_train=8,
-        num_val=4,
+        num_train=2,
+        num_val=1,
         samples=1,
         tokenizer=(
             "--trainer.max_steps=1",

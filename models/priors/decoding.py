@@ -321,7 +321,7 @@ def revise(
         ValueError: If the groups do not divide the number of tokens of a map in which nothing is given.
     """
     count = targets.shape[1]
-    if context.shape[1] == 0 and count % groups:
+    if rounds and context.shape[1] == 0 and count % groups:
         raise ValueError(
             f"{groups} groups do not divide the {count} tokens to revise: choose a divisor, such as "
             f"{math.gcd(groups, count)} (--model.sampling.revise_groups)."
