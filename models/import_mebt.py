@@ -140,8 +140,8 @@ def import_mebt_tokenizer(
     Raises:
         ValueError: As `import_tats_tokenizer`.
     """
-    named = re.search(r"_(\d)(\d)(\d)(?=[_.]|$)", tokenizer_file)
-    factors = downsample or (None if named is None else (int(named[1]), int(named[2]), int(named[3])))
+    named = re.findall(r"_(\d)(\d)(\d)(?=[_.]|$)", tokenizer_file)  # the last one: before it comes the resolution
+    factors = downsample or ((int(named[-1][0]), int(named[-1][1]), int(named[-1][2])) if named else None)
     tokenizer, config, provenance = import_tats_tokenizer(path, factors, TOKENIZER_PREFIX)
     if downsample is None:
         provenance["downsample_from"] = f"the name {tokenizer_file} and the stored hyper-parameters"
