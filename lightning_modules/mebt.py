@@ -200,7 +200,7 @@ class MeBTModule(VideoGenerator):
         taus = draws(self.hparams["mask_ratio_per"], MASK_RATIO_STREAM, 1)
         for (tau,), length, start, known in zip(taus, lengths, starts, given, strict=True):
             masked = max(1, num_masked_tokens(self.hparams["mask_schedule"], tau, (length - known) * frame_tokens))
-            masks.append(SampleMask(*(n * frame_tokens for n in (start, length, known)), masked))
+            masks.append(SampleMask(start * frame_tokens, length * frame_tokens, known * frame_tokens, masked))
         return masks
 
     def masked_nll(

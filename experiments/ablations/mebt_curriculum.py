@@ -242,7 +242,7 @@ def trained(
     model = fit.model.eval()
     curve = [
         (tokens_seen(arm, round(step), steps), value)
-        for step, value in logged_curve(Path(fit.trainer.log_dir), "val/loss")
+        for step, value in logged_curve(Path(str(fit.trainer.log_dir)), "val/loss")
     ]
     scores = oracle_scores(model, size) | likelihood(model, codes[FULL])
     (place / "about.json").write_text(json.dumps({"steps": steps, "frames": frames}) + "\n")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from experiments.benchmarks.report import Measurement
 from models.blocks.attention import Attention
-from models.priors.mebt import PUBLISHED_STACK, MeBT
+from models.priors.mebt import PUBLISHED_STACK, BlockKind, MeBT
 from models.random import keyed_generator
 
 SIZES = tuple(1024 * 2**i for i in range(7))  # 1k to 64k tokens
@@ -63,7 +63,9 @@ class MaterialisedAttention(Attention):
 
 def network_of(case: Case) -> MeBT:
     """Build the network, with the published 24 blocks or as many others."""
-    blocks = ("maskgit",) * len(PUBLISHED_STACK) if case.kind == "full" else PUBLISHED_STACK
+    blocks: Sequence[BlockKind] = PUBLISHED_STACK
+    if case.kind == "full":
+        blocks = ("maskgit",) * len(PUBLISHED_STACK)
     network = MeBT(case.codebook_size, case.num_tokens, case.dim, case.dim // 64 or 1, case.num_latents, blocks)
     if case.kind == "materialised":
         for block in network.blocks:
@@ -146,7 +148,7 @@ def run(quick: bool) -> list[Measurement]:
         rows.append(Measurement(f"{size:,} tokens: peak memory", peak / 2**20, "MiB", details=details))
         rows.append(Measurement(f"{size:,} tokens: forward and backward", seconds, "s"))
 
-    cases = [Case(compared, dim, latents, 1024, kind) for kind in ("mebt", "materialised")]  # type: ignore[arg-type]
+    cases = [Case(compared, dim, latents, 1024, kind) for kind in ("mebt", "materialised")]
     cases.append(Case(compared, dim, latents, 1024, "full", repeats=0))  # a minute or two: once is enough
     (ours, our_peak), (written_out, their_peak), (full, full_peak) = measured(cases, apart)
     rows += [

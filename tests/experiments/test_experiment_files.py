@@ -98,7 +98,8 @@ def toy_size(config: dict[str, Any], tokenizer: Path, data_root: Path) -> list[s
             "data.root": data_root / "UCF-101/Archery",
             "data.num_workers": 0,
             "data.frame_stride": 1,
-            "data.train_folder": "train",  # none: one video of the three validates
+            "data.train_folder": "train",  # there is none: the names decide which of the videos validate
+            "data.val_folder": "null",
         },
         "MovingShapesDataModule": {"data.num_train": 4, "data.num_val": 2},
         "BAIRDataModule": {"data.root": data_root, "data.num_workers": 0},
