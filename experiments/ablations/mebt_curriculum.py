@@ -58,6 +58,7 @@ SIZES = {
         samples=1,
         tokenizer=(
             "--trainer.max_steps=1",
+            "--trainer.log_every_n_steps=1",
             "--data.num_train=4",
             "--data.num_val=4",
             "--data.resolution=32",
@@ -66,6 +67,7 @@ SIZES = {
         ),
         prior=(
             "--data.batch_size=1",
+            "--trainer.log_every_n_steps=1",
             "--model.dim=16",
             "--model.num_heads=2",
             "--model.num_latents=4",

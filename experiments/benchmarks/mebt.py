@@ -62,11 +62,10 @@ class MaterialisedAttention(Attention):
 
 
 def network_of(case: Case) -> MeBT:
-    """Build the network, with the published 24 blocks or as many others."""
-    blocks: Sequence[BlockKind] = PUBLISHED_STACK
-    if case.kind == "full":
-        blocks = ("maskgit",) * len(PUBLISHED_STACK)
-    network = MeBT(case.codebook_size, case.num_tokens, case.dim, case.dim // 64 or 1, case.num_latents, blocks)
+    """Build the network, with the published 24 blocks or as many others, and heads of 32 channels."""
+    full: BlockKind = "maskgit"
+    blocks = (full,) * len(PUBLISHED_STACK) if case.kind == "full" else PUBLISHED_STACK
+    network = MeBT(case.codebook_size, case.num_tokens, case.dim, case.dim // 32, case.num_latents, blocks)
     if case.kind == "materialised":
         for block in network.blocks:
             block.attention.__class__ = MaterialisedAttention  # the same parameters
