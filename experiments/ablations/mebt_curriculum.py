@@ -75,7 +75,7 @@ SIZES = {
         ),
     ),
     "short": Size(
-        steps=1000,
+        steps=2500,
         seeds={"curriculum": 2, "full length": 2, "short and slid": 2},
         num_train=1024,
         num_val=64,
