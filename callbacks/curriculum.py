@@ -23,9 +23,8 @@ class ShortToLongCurriculum(Callback):
     Args:
         schedule: `longest` trains on whole clips always. `fraction` moves a Gaussian of lengths from one latent frame
             to the whole clip over the first `full_length_from` of the run, then stays at the whole clip. `linear`
-            does so with a single length at each step. `gaussian` is that of MeBT's release, by absolute step: its
-            `gaussian2` has `steps_per_frame` 30000, its `gaussian100000_2` has 100000. `uniform` draws all lengths
-            alike.
+            does so with a single length at each step. `gaussian` is that of MeBT's release, by absolute step; its own
+            `gaussian2` and `gaussian100000_2` have fixed numbers. `uniform` draws all lengths alike.
         full_length_from: fraction of `--trainer.max_steps`, in (0, 1], from which on every clip is whole; for
             `fraction` and `linear`.
         steps_per_frame: optimizer steps in which `gaussian` moves by one latent frame (b of the release).

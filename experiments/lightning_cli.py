@@ -464,9 +464,11 @@ class LongtakeCLI(LightningCLI):
         dumped = self._parser(command).dump(config, skip_none=False, skip_link_targets=False, format="json")
         given = json.loads(dumped)["model"]
         now = {"_class_path": given["class_path"], **given["init_args"]}
-        # A checkpoint does not bind how to sample, nor where tokenizers lie: their hashes are checked on loading.
+        # A checkpoint does not bind how to sample or to compute, nor where tokenizers lie: their hashes are checked on
+        # loading.
         places = ("tokenizer", "low_res_tokenizer", "text_tokenizer", "audio_tokenizer", "t5_weights")
-        free = {"sampling"} | {key for key in places if isinstance(now.get(key), str)}
+        free = {"sampling", "compile_network", "gradient_checkpointing"}
+        free |= {key for key in places if isinstance(now.get(key), str)}
         differing = [
             f"  {key.lstrip('_')}: {saved[key]!r} in the checkpoint, {now[key]!r} given"
             for key in saved.keys() & now.keys() - free

@@ -351,3 +351,33 @@ def load_tokenizer(path: str | Path) -> VQGAN3D:
         tokenizer, _, provenance = tokenizer_from_checkpoint(path)
         logger.info("Tokenizer %s: %s of step %d.", path, provenance["weights"], provenance["step"])
     return tokenizer.eval().requires_grad_(False)
+
+
+def load_prior(path: str | Path) -> nn.Module:
+    """Load a prior for frozen use: in eval mode, without gradients.
+
+    Args:
+        path: A bundle folder that `longtake import-weights` has made, or a checkpoint that MeBT has released.
+
+    Returns:
+        The network; MeBT's is called as `network(codes [B, N], context [B, S], targets [B, M])`.
+
+    Raises:
+        FileNotFoundError: If nothing is there, or a folder that is no bundle.
+        ValueError: If it is no prior, or the weights do not fit the configuration beside them.
+    """
+    from models.import_mebt import import_mebt  # which itself needs what is above
+
+    path = Path(path)
+    if path.is_dir():
+        missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path} is no bundle: it holds no {' and no '.join(missing)}.")
+        config = json.loads((path / "config.json").read_text())
+        if not config["class_path"].startswith("models.priors."):
+            raise ValueError(f"{config['class_path']} is no prior: expected a network of models.priors.")
+        network: nn.Module = build(config)
+        load_state(network, load_file(path / "model.safetensors"), path)
+    else:
+        network, _, _ = import_mebt(path)
+    return network.eval().requires_grad_(False)

@@ -32,12 +32,13 @@ class Attention(nn.Module):
         """Name the settings."""
         return f"num_heads={self.num_heads}, dropout={self.dropout}"
 
-    def forward(self, query: Tensor, context: Tensor) -> Tensor:
+    def forward(self, query: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             query: `[B, N, D]`.
             context: `[B, S, D]`, keys and values; `S` may be 0: a sum over nothing, so the output is `proj`'s bias.
+            keep: `[B, S]` bool, which keys are there, for samples with different numbers of them; None for all.
 
         Returns:
             `[B, N, D]`.
@@ -48,10 +49,16 @@ class Attention(nn.Module):
             # graph (with zero gradient), which DDP needs.
             context = F.pad(context, (0, 0, 0, 1))
         q, k, v = self.query(query), self.key(context), self.value(context)
+        mask = None
         if is_empty:
             v = v * 0
+        elif keep is not None:
+            # the same for a sample without any key: the softmax needs one, of value zero
+            has_any = keep.any(dim=1)[:, None]  # [B, 1]
+            v = v * has_any[..., None]
+            mask = (keep | ~has_any)[:, None, None]  # [B, 1, 1, S]: heads and queries share it
         q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out = self.proj(rearrange(out, "b heads n d -> b n (heads d)"))
         return F.dropout(out, self.dropout, self.training)

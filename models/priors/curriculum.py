@@ -6,22 +6,26 @@ a distribution that moves from 1 to the clip's `t` latent frames. The paper desc
     p_s(L)  proportional to  exp( -(s - (L-1) b)^2 / (2 (b c)^2) ),    s = optimizer step, L = 1..t
 
 a discretised Gaussian with centre `1 + s/b` and standard deviation `c`, both in latent frames. That is `gaussian`
-here: the release's `gaussian2` has b = 30,000 and c = 2, its `gaussian100000_2` has b = 100,000 and c = 2. At the
-2,000,000 steps of its launch script the latter ends at about 21 of 32 latent frames, so `fraction`, the house's
-schedule, states instead at which fraction of the run the full length is reached and then holds it.
+here, with any b and c; the release's `gaussian2` (b = 30,000, c = 2) and `gaussian100000_2` (b = 100,000, c = 2) exist
+under these names too, as do its `longest` and `uniform`. At the 2,000,000 steps of its launch script
+`gaussian100000_2` ends at about 21 of 32 latent frames, so `fraction`, the house's schedule, states instead at which
+fraction of the run the full length is reached and then holds it. All are one family: a distribution of lengths that is
+a function of the step, whose mean never falls.
 
 Everything is a pure function of the step: a resumed run goes on where it was, and all ranks draw the same length.
 """
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 
 from models.random import keyed_generator
 
-Schedule: TypeAlias = Literal["longest", "uniform", "gaussian", "linear", "fraction"]
+Schedule: TypeAlias = Literal["longest", "uniform", "gaussian", "gaussian2", "gaussian100000_2", "linear", "fraction"]
+# b and c of the release
+RELEASED = {"gaussian2": (30_000.0, 2.0), "gaussian100000_2": (100_000.0, 2.0)}
 
 # Sets the draw of the length apart from other draws with the key (seed, step), such as that of the window's start.
 LENGTH_STREAM = int.from_bytes(b"clip", "big")
@@ -42,6 +46,7 @@ def length_probabilities(
     - `longest`: always `max_length`.
     - `uniform`: every length alike, at every step.
     - `gaussian`: MeBT's release, see the module's text; uses `steps_per_frame` (b) and `width` (c).
+    - `gaussian2`, `gaussian100000_2`: the same with the b and c of the release.
     - `linear`: one length, growing linearly from 1 at step 0 to `max_length` at `full_length_from * total_steps`.
     - `fraction`: a Gaussian of standard deviation `width` whose centre grows as `linear` does; from
       `full_length_from * total_steps` on, always `max_length`.
@@ -65,10 +70,12 @@ def length_probabilities(
         return _certain(max_length, max_length)
     if schedule == "uniform":
         return np.full(max_length, 1 / max_length)
-    if schedule == "gaussian":
+    if schedule in RELEASED:
+        steps_per_frame, width = RELEASED[schedule]
+    if schedule == "gaussian" or schedule in RELEASED:
         return _discretised_gaussian(1 + step / steps_per_frame, width, max_length)
     if schedule not in ("linear", "fraction"):
-        raise ValueError(f"schedule {schedule!r} is unknown: use longest, uniform, gaussian, linear or fraction.")
+        raise ValueError(f"schedule {schedule!r} is unknown: use {', '.join(get_args(Schedule))}.")
 
     if total_steps < 1:
         raise ValueError(

@@ -10,10 +10,13 @@ the *normalised* query, so the raw stream is discarded at every layer.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.blocks.attention import Attention
 from models.blocks.positions import sinusoidal_positions
@@ -27,6 +30,9 @@ PUBLISHED_STACK: tuple[BlockKind, ...] = (
     *("latent_dec", "lt2l") * 5,
     "latent_dec",
 )
+
+# The logits are the largest activation: at most so many are held at once for the loss (128 MiB in float32).
+LOSS_CHUNK_LOGITS = 2**25
 
 
 class MeBTBlock(nn.Module):
@@ -48,11 +54,17 @@ class MeBTBlock(nn.Module):
             nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim), nn.Dropout(dropout)
         )
 
-    def forward(self, query: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the new query stream `[B, N, D]`; without a context `[B, S, D]` the block is self-attention."""
+    def forward(self, query: Tensor, context: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Return the new query stream.
+
+        Args:
+            query: `[B, N, D]`.
+            context: `[B, S, D]`; None for self-attention.
+            keep: `[B, S]` bool, which tokens of the context are there; None for all.
+        """
         q = self.norm1(query)
         k = q if context is None else self.norm1(context)
-        x = q + self.attention(q, k)
+        x = q + self.attention(q, k, keep)
         return x + self.mlp(self.norm2(x))
 
 
@@ -73,6 +85,8 @@ class MeBT(nn.Module):
             instead of noise: neighbours are alike from the first step, which small models learn much sooner from. None
             starts from noise, as the release does. The parameter is learned in both cases.
         init_std: Standard deviation of initial weights and embeddings: the release's 0.02 is for width 1024.
+        num_classes: Classes; each is one more learned latent, beside those that all clips share. 0 as published.
+        gradient_checkpointing: Keep only the blocks' inputs in training and compute the rest again going back.
 
     Raises:
         ValueError: If `grid` does not have `num_tokens` places.
@@ -89,6 +103,8 @@ class MeBT(nn.Module):
         dropout: float = 0.0,
         grid: tuple[int, int, int] | None = None,
         init_std: float = 0.02,
+        num_classes: int = 0,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if grid is not None and math.prod(grid) != num_tokens:
@@ -100,6 +116,8 @@ class MeBT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1, num_tokens, dim))
         self.mask_embedding = nn.Parameter(torch.empty(1, 1, dim))
         self.latent_embedding = nn.Parameter(torch.empty(1, num_latents, dim))
+        self.label_embedding = nn.Embedding(num_classes, dim) if num_classes else None
+        self.gradient_checkpointing = gradient_checkpointing
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(MeBTBlock(dim, num_heads, dropout=dropout) for _ in self.kinds)
         self.norm = nn.LayerNorm(dim)
@@ -124,59 +142,201 @@ class MeBT(nn.Module):
         names = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear)}
         return [parameter for name, parameter in self.named_parameters() if name in names]
 
-    def forward(self, codes: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self,
+        codes: Tensor,
+        context: Tensor,
+        targets: Tensor,
+        label: Tensor | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Predict the codes at the target positions from the codes at the context positions.
 
         Args:
             codes: `[B, N]` int64; read at the context positions only. `N <= num_tokens`.
             context: `[B, S]` int64 positions that are visible; `S` may be 0.
             targets: `[B, M]` int64 positions to predict.
+            label: `[B]` int64 classes, for a network with classes.
+            keep: `[B, S]` and `[B, M]` bool, which of these positions are meant, for samples with different numbers of
+                them; None for all. What belongs to the others has no meaning.
 
         Returns:
             `[B, M, K]` logits.
+        """
+        return self.head(self.features(codes, context, targets, label, keep))
+
+    def features(
+        self,
+        codes: Tensor,
+        context: Tensor,
+        targets: Tensor,
+        label: Tensor | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """All but the head: `[B, M, D]`; the arguments are those of `forward`.
+
+        Raises:
+            ValueError: If classes are given to a network without, or none to one with.
         """
         # Positions are gathered per sample: every sample of a batch shares S and M, but not the positions.
         positions = self.position_embedding[0]
         c = self.dropout(self.token_embedding(codes.gather(1, context)) + positions[context])  # [B, S, D]
         m = self.dropout(self.mask_embedding + positions[targets])  # [B, M, D]
-        z = self.dropout(self.latent_embedding.expand(len(codes), -1, -1))  # [B, L, D]
+        z = self.latent_embedding.expand(len(codes), -1, -1)  # [B, L, D]
+        if (label is None) != (self.label_embedding is None):
+            raise ValueError(f"This network has {'no' if self.label_embedding is None else 'learned'} classes.")
+        if self.label_embedding is not None:
+            z = torch.cat([z, self.label_embedding(label)[:, None]], dim=1)  # one latent more
+        z = self.dropout(z)
+        keep_c = keep_zm = keep_cm = None
+        if keep is not None:
+            keep_c, keep_m = keep
+            keep_zm = F.pad(keep_m, (z.shape[1], 0), value=True)
+            keep_cm = torch.cat([keep_c, keep_m], dim=1)
         for kind, block in zip(self.kinds, self.blocks, strict=True):
             match kind:
                 case "latent_enc":
-                    z = block(z, c)
+                    z = self._run(block, z, c, keep_c)
                 case "latent_self":
-                    z = block(z)
+                    z = self._run(block, z)
                 case "latent_dec":
-                    m = block(m, z)
+                    m = self._run(block, m, z)
                 case "lt2l":
-                    z = block(z, torch.cat([z, m], dim=1))
+                    z = self._run(block, z, torch.cat([z, m], dim=1), keep_zm)
                 case "maskgit":
-                    tokens = block(torch.cat([c, m], dim=1))
+                    tokens = self._run(block, torch.cat([c, m], dim=1), None, keep_cm)
                     c, m = tokens.split([c.shape[1], m.shape[1]], dim=1)
-        return self.head(self.norm(m))
+        return self.norm(m)
+
+    def _run(
+        self, block: nn.Module, query: Tensor, context: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, query, context, keep, use_reentrant=False)
+        return block(query, context, keep)
+
+    def cross_entropy(self, features: Tensor, codes: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross-entropy of codes, without holding all of their logits.
+
+        Beyond `LOSS_CHUNK_LOGITS` logits, a part after the other is computed, and again going back: the memory does
+        not grow with `M K` any more.
+
+        Args:
+            features: `[B, M, D]`, of `features`.
+            codes: `[B, M]` int64 true codes.
+            label_smoothing: Share of the target that is spread over all codes.
+
+        Returns:
+            `[B, M]` nats, in float32 at least.
+        """
+
+        def nll(rows: Tensor, truth: Tensor) -> Tensor:
+            logits = self.head(rows)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return F.cross_entropy(logits, truth, reduction="none", label_smoothing=label_smoothing)
+
+        rows, truth = features.flatten(0, 1), codes.flatten()
+        size = max(1, LOSS_CHUNK_LOGITS // self.codebook_size)
+        if len(rows) <= size:
+            return nll(rows, truth).view(codes.shape)
+        chunks = zip(rows.split(size), truth.split(size), strict=True)
+        return torch.cat([checkpoint(nll, *chunk, use_reentrant=False) for chunk in chunks]).view(codes.shape)
 
 
-def masked_token_loss(nll: Tensor, num_window_tokens: int, rho_power: float = 1.0) -> Tensor:
-    """Reduce the cross-entropies of the masked tokens, weighted by how much was masked.
+# Training
 
-    MeBT, Eq. 3 is the plain sum over masked tokens (`rho_power=0`, up to the window's size). The released
-    configurations divide by the masked fraction as well (`rho_power=1`): the mean over masked tokens.
+
+@dataclass(frozen=True)
+class SampleMask:
+    """What one sample of a batch is trained on, in tokens of the batch's window.
 
     Args:
-        nll: `[B, M]` cross-entropy of each masked token.
-        num_window_tokens: Tokens of the window, context and targets together.
-        rho_power: Exponent of the masked fraction `M / num_window_tokens`.
+        start: First token of the sample's own window.
+        length: Tokens of it.
+        given: How many at its beginning are context in any case.
+        masked: How many of the others are masked.
+    """
+
+    start: int
+    length: int
+    given: int
+    masked: int
+
+
+@dataclass(frozen=True)
+class MaskedWindow:
+    """Positions to train on, within a window.
+
+    Args:
+        context: `[B, S]` int64.
+        targets: `[B, M]` int64.
+        mask_ratio: Masked fraction rho of the window, or of each sample's own `[B]`.
+        keep: `[B, S]` and `[B, M]` bool, which of the positions are meant; None for all.
+    """
+
+    context: Tensor
+    targets: Tensor
+    mask_ratio: float | Tensor
+    keep: tuple[Tensor, Tensor] | None
+
+
+def mask_window(noise: Tensor, masks: Sequence[SampleMask], budget: int | None = None) -> MaskedWindow:
+    """Split windows into context and targets, at random.
+
+    A sample's tokens are put in random order; those given come first. The last ones are masked, and of the masked ones
+    the last `budget` are the targets, as in the release; the others are neither seen nor predicted.
+
+    Args:
+        noise: `[B, N']` independent draws from [0, 1).
+        masks: What is asked for, one for each sample.
+        budget: Targets of a sample, at most; None for all that is masked.
 
     Returns:
-        Scalar, nats per token.
-
-    Raises:
-        ValueError: If nothing is masked, or more than the window holds.
+        The positions. Samples that differ in numbers are padded.
     """
-    num_masked = nll.shape[1]
-    if not 0 < num_masked <= num_window_tokens:
-        raise ValueError(
-            f"{num_masked} masked tokens do not fit a window of {num_window_tokens}: expected at least one."
-        )
-    rho = num_masked / num_window_tokens
-    return nll.sum() / (len(nll) * num_window_tokens * rho**rho_power)
+    position = torch.arange(noise.shape[1], device=noise.device)
+
+    def column(values: list[int]) -> Tensor:
+        return torch.tensor(values).to(noise.device, non_blocking=True)[:, None]  # from the host: nothing waits
+
+    start, end = column([mask.start for mask in masks]), column([mask.start + mask.length for mask in masks])
+    given_end = column([mask.start + mask.given for mask in masks])
+    is_given, is_outside = (position >= start) & (position < given_end), (position < start) | (position >= end)
+    order = (noise - 2.0 * is_given + 2.0 * is_outside).argsort(dim=1)  # given, random, outside
+
+    num_context = [mask.length - mask.masked for mask in masks]
+    num_targets = [min(mask.masked, budget or mask.masked) for mask in masks]
+    first_target = column([mask.length - count for mask, count in zip(masks, num_targets, strict=True)])
+    place = first_target + position[: max(num_targets)]
+    context, targets = order[:, : max(num_context)], order.gather(1, place.clamp(max=noise.shape[1] - 1))
+    ratios = [mask.masked / mask.length for mask in masks]
+    if len(set(masks)) == 1:
+        return MaskedWindow(context, targets, ratios[0], None)
+    keep = (position[: max(num_context)] < column(num_context), position[: max(num_targets)] < column(num_targets))
+    return MaskedWindow(context, targets, torch.tensor(ratios).to(noise.device, non_blocking=True), keep)
+
+
+def masked_token_loss(nll: Tensor, window: MaskedWindow, rho_power: float = 1.0) -> Tensor:
+    """Reduce the cross-entropies of the masked tokens, weighted by how much was masked.
+
+    MeBT, Eq. 3 is the plain sum over masked tokens (`rho_power=0`, here per token of the window). The released
+    configurations divide by the masked fraction as well (`rho_power=1`): the mean over masked tokens. Where a budget
+    leaves out some of them, the others stand for all.
+
+    Args:
+        nll: `[B, M]` cross-entropy of each target.
+        window: Says which targets are meant, and the masked fraction rho.
+        rho_power: Exponent alpha of the fraction: the mean over targets is multiplied by `rho^(1 - alpha)`.
+
+    Returns:
+        Scalar, nats per token; every sample counts alike.
+    """
+    return (target_mean(nll, window) * window.mask_ratio ** (1.0 - rho_power)).mean()
+
+
+def target_mean(nll: Tensor, window: MaskedWindow) -> Tensor:
+    """Mean `[B]` of `[B, M]` over each sample's targets."""
+    if window.keep is None:
+        return nll.mean(dim=1)
+    is_target = window.keep[1]
+    return nll.where(is_target, 0.0).sum(dim=1) / is_target.sum(dim=1)

@@ -212,10 +212,16 @@ def test_tasks_and_labels_that_do_not_fit_are_refused(
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize(("word", "name"), [("--task=frame_prediction", "task"), ("--label=1", "label")])
-def test_a_model_without_tasks_refuses_them(tiny: Path, mebt_run: Path, word: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--task=juggling", r"task=juggling is none of MeBT's \(--task\): frame_prediction, frame_interpolation"),
+        ("--label=1", r"MeBTModule has no labels to choose from \(--label\)"),
+    ],
+)
+def test_a_model_without_such_tasks_or_labels_refuses_them(tiny: Path, mebt_run: Path, word: str, message: str) -> None:
     checkpoint = mebt_run / "checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match=rf"MeBTModule has no {name}s to choose from \(--{name}\)"):
+    with pytest.raises(ValueError, match=message):
         main(["sample", "--config=mebt.yaml", f"--ckpt_path={checkpoint}", word, "--out=made"])
 
 

@@ -16,7 +16,8 @@ from datamodules import MovingShapesDataModule
 from datamodules.sampler import ClipRequest, Curriculum, collate_clips
 from lightning_modules import MeBTModule
 from lightning_modules.generator import Condition
-from models.priors.decoding import ConfidenceDecoding
+from models.priors.decoding import DraftAndRevise
+from models.priors.mebt import SampleMask, mask_window
 from models.random import keyed_generator
 from models.weights import load_tokenizer
 
@@ -28,7 +29,7 @@ TOY = {
     "num_heads": 2,
     "num_latents": 4,
     "blocks": ["latent_enc", "latent_self", "latent_dec", "lt2l", "latent_dec"],
-    "sampling": ConfidenceDecoding(num_steps=4),
+    "sampling": DraftAndRevise(num_steps=4),
     "seed": 3,
 }
 
@@ -125,13 +126,13 @@ def test_pixels_and_cached_codes_give_the_same_loss(tokenizer_bundle: Path, long
 def test_a_window_is_predicted_at_its_own_place_in_the_clip(module: MeBTModule) -> None:
     clip = random_codes()
     window, start, num_masked = clip[:, 1:3], 1, 20
-    order = torch.rand(2, 32, generator=keyed_generator(1)).argsort(dim=1)
-    nll = module.masked_nll(window, start, order, num_masked)
+    noise = torch.rand(2, 32, generator=keyed_generator(1))
+    nll = module.masked_nll(window, start, mask_window(noise, [SampleMask(0, 32, 0, num_masked)] * 2))
 
-    absolute = order + 16  # a latent frame has 16 tokens
+    absolute = noise.argsort(dim=1) + 16  # a latent frame has 16 tokens
     logits = module.network(clip.flatten(1), absolute[:, :12], absolute[:, 12:])
     truth = clip.flatten(1).gather(1, absolute[:, 12:])
-    assert torch.equal(nll, F.cross_entropy(logits.transpose(1, 2), truth, reduction="none"))
+    torch.testing.assert_close(nll, F.cross_entropy(logits.transpose(1, 2), truth, reduction="none"))
 
     nll.sum().backward()
     touched = module.network.position_embedding.grad[0].abs().sum(dim=1) > 0
@@ -190,6 +191,142 @@ def test_tokens_of_a_batch_are_counted(module: MeBTModule) -> None:
     batch = {"codes": random_codes(frames=2), "window_start": 8, "window_frames": 4, "margin_before": 4}
     module.training_step(batch, 0)
     assert module.tokens_per_batch == 2 * 16  # one latent frame is left of the two
+
+
+def training_loss(tokenizer_bundle: Path, codes: Tensor, step: int = 0, **changes: Any) -> tuple[float, MeBTModule]:
+    module = attach(make_module(tokenizer_bundle, **changes), step=step)
+    return module.training_step({"codes": codes, "label": torch.arange(len(codes))}, 0).item(), module
+
+
+def test_each_sample_may_draw_its_own_mask_ratio(tokenizer_bundle: Path) -> None:
+    codes = random_codes(6)
+    module = make_module(tokenizer_bundle, mask_ratio_per="sample")
+    masks = module.random_masks(codes, 0)
+    assert len({mask.masked for mask in masks}) > 3
+    assert {(mask.start, mask.length) for mask in masks} == {(0, 64)}
+    together = [attach(module, rank, 2).random_masks(codes[3 * rank :][:3], 0) for rank in range(2)]
+    assert together[0] + together[1] == masks  # two ranks draw what one draws
+    assert attach(module).random_masks(codes, 1) != masks
+    loss = module.training_step({"codes": codes}, 0)
+    loss.backward()
+    assert loss.isfinite()
+    ratios = [mask.masked / 64 for mask in masks]
+    assert module.logged["train/mask_ratio"] == pytest.approx(sum(ratios) / 6)
+    assert len({mask.masked for mask in make_module(tokenizer_bundle).random_masks(codes, 0)}) == 1  # as published
+
+
+def test_each_sample_may_have_a_window_of_its_own(tokenizer_bundle: Path) -> None:
+    module = make_module(tokenizer_bundle, length_per="sample")
+    codes = random_codes(40)
+    masks = module.random_masks(codes, 0)
+    assert {mask.length for mask in masks} == {16, 32, 48, 64}
+    assert {mask.start for mask in masks if mask.length == 16} == {0, 16, 32, 48}
+    assert all(mask.start + mask.length <= 64 and 0 < mask.masked <= mask.length for mask in masks)
+    assert module.training_step({"codes": codes}, 0).isfinite()
+
+
+def test_frames_are_given_in_a_share_of_the_steps(tokenizer_bundle: Path) -> None:
+    module = make_module(tokenizer_bundle, prediction_share=0.5)
+    codes = random_codes()
+    masks = [attach(module, step=step).random_masks(codes, 0)[0] for step in range(40)]
+    assert 10 < sum(mask.given > 0 for mask in masks) < 30
+    assert {mask.given for mask in masks} == {0, 16, 32, 48}  # never all
+    assert all(mask.masked <= 64 - mask.given for mask in masks)
+    step = next(step for step, mask in enumerate(masks) if mask.given == 48)
+    attach(module, step=step).training_step({"codes": codes}, 0).backward()
+    assert attach(module, step=step).random_masks(random_codes(frames=1), 0)[0].given == 0  # nothing to go on from
+
+
+def test_the_budget_bounds_the_targets_and_leaves_the_mean_comparable(tokenizer_bundle: Path) -> None:
+    codes = random_codes(30)
+    seen = []
+    for budget in (None, 5):
+        module = make_module(tokenizer_bundle, target_budget=budget)
+        read = module.network.cross_entropy
+        module.network.cross_entropy = lambda features, *rest, read=read: (
+            seen.append(features.shape[1]) or read(features, *rest)
+        )
+        seen.append(module.training_step({"codes": codes}, 0).item())
+    all_targets, whole, few_targets, part = seen
+    assert (few_targets, all_targets > 20) == (5, True)
+    assert part == pytest.approx(whole, rel=0.1)
+
+
+def test_smoothing_is_of_the_training_loss_alone(tokenizer_bundle: Path) -> None:
+    codes = random_codes()
+    sharp, module = training_loss(tokenizer_bundle, codes)
+    smooth, smoothed = training_loss(tokenizer_bundle, codes, label_smoothing=0.5)
+    assert smooth != pytest.approx(sharp, rel=1e-3)
+    for one in (module, smoothed):
+        one.validation_step({"codes": codes}, 0)
+    assert module.logged["val/loss"] == smoothed.logged["val/loss"]
+
+
+def test_training_in_bf16_is_near_that_in_float32(tokenizer_bundle: Path) -> None:
+    codes = random_codes()
+    module = make_module(tokenizer_bundle)
+    exact = module.training_step({"codes": codes}, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = module.training_step({"codes": codes}, 0)
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+    assert rounded.item() != exact.item()
+    rounded.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.network.parameters())
+
+
+def test_a_model_with_classes_learns_them(tokenizer_bundle: Path) -> None:
+    codes = random_codes()
+    module = make_module(tokenizer_bundle, num_classes=3)
+    losses = {label: module.training_step({"codes": codes, "label": torch.full((2,), label)}, 0) for label in (0, 2)}
+    assert losses[0] != losses[2]
+    losses[2].backward()
+    assert (module.network.label_embedding.weight.grad.abs().sum(dim=1) > 0).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction_share": 1.5}, r"prediction_share=1.5 is no share.*--model\.prediction_share"),
+        ({"label_smoothing": -0.1}, "label_smoothing=-0.1 is no share"),
+        ({"target_budget": 0}, "target_budget=0 must be null or at least 1"),
+    ],
+)
+def test_training_settings_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MeBTModule("nowhere", **(TOY | change))
+
+
+def test_compiled_training_needs_few_graphs_for_a_thousand_lengths_and_masks(
+    tokenizer_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs are counted by a backend that only counts; the windows are those of a curriculum, down to one token."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=backend, **options))
+    torch._dynamo.reset()
+    blocks = ["latent_enc", "latent_dec"]  # a block takes a second to compile
+    module = make_module(tokenizer_bundle, num_frames=64, compile_network=True, blocks=blocks)
+    codes = random_codes(1, frames=16)
+    first = attach(module, step=7).training_step({"codes": codes}, 0)
+    plain = attach(make_module(tokenizer_bundle, num_frames=64, blocks=blocks), step=7)
+    assert first.item() == pytest.approx(plain.training_step({"codes": codes}, 0).item(), rel=1e-5)
+    clip, positions = codes.flatten(1), torch.arange(256)[None]
+    sizes = set()
+    for step, tau in enumerate(torch.rand(1000, generator=keyed_generator(1)).tolist()):
+        tokens = 16 * (1 + step * 16 // 1000)
+        num_context = int(tau * tokens)
+        sizes.add((num_context, tokens))
+        module.features(module.network, clip, positions[:, :num_context], positions[:, num_context:tokens])
+    assert len(sizes) > 500
+    assert {0, 1} <= {num_context for num_context, _ in sizes}
+    assert 1 <= len(graphs) <= 10
+    torch._dynamo.reset()
 
 
 # Validation
@@ -299,14 +436,174 @@ def test_samples_may_be_shorter_than_the_training_clips(module: MeBTModule) -> N
 def test_sampling_settings_can_be_given_for_once(module: MeBTModule) -> None:
     seeds = torch.tensor([5])
     own = module.generate_codes(16, seeds)
-    assert torch.equal(module.generate_codes(16, seeds, ConfidenceDecoding(num_steps=4)), own)
-    assert not torch.equal(module.generate_codes(16, seeds, ConfidenceDecoding(num_steps=1)), own)
+    assert torch.equal(module.generate_codes(16, seeds, DraftAndRevise(num_steps=4)), own)
+    assert not torch.equal(module.generate_codes(16, seeds, DraftAndRevise(num_steps=1)), own)
 
 
-@pytest.mark.parametrize("num_frames", [0, -4, 6, 20])
-def test_a_length_that_was_not_trained_is_refused(module: MeBTModule, num_frames: int) -> None:
-    with pytest.raises(ValueError, match=f"num_frames={num_frames} cannot be generated: .* multiples of 4 up to 16"):
+@pytest.mark.parametrize("num_frames", [0, -4, 6])
+def test_a_length_that_is_no_number_of_latent_frames_is_refused(module: MeBTModule, num_frames: int) -> None:
+    with pytest.raises(ValueError, match=f"num_frames={num_frames} cannot be generated: .* makes multiples of 4"):
         module.generate(Condition(), num_frames, torch.tensor([1]))
+
+
+# Longer than trained
+
+
+def test_a_long_video_is_made_by_windows_that_begin_with_the_last_frames(
+    module: MeBTModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = []
+    edit = module.edit_codes
+
+    def watch(codes: Tensor, keep: Tensor, *rest: Any) -> Tensor:
+        out = edit(codes, keep, *rest)
+        windows.append((codes, keep, out))
+        return out
+
+    monkeypatch.setattr(module, "edit_codes", watch)
+    seeds = torch.tensor([5, 6])
+    codes = module.generate_codes(44, seeds, DraftAndRevise(num_steps=4, context_frames=4))
+    assert codes.shape == (2, 11, 4, 4)
+    assert [int(keep[:, 0, 0].sum()) for _, keep, _ in windows] == [0, 1, 1, 3]  # the last one is as long as the others
+    firsts = [0, 3, 6, 7]
+    for first, (given, keep, out) in zip(firsts, windows, strict=True):
+        assert torch.equal(codes[:, first : first + 4], out)  # positions begin at 0 in every window
+        assert torch.equal(given[:, keep], out[:, keep])
+    assert len({tuple(out[0, -1].flatten().tolist()) for _, _, out in windows}) == 4  # not the same noise again
+    assert torch.equal(module.generate_codes(44, seeds[1:], DraftAndRevise(num_steps=4, context_frames=4)), codes[1:])
+
+
+def test_windows_of_a_long_video_have_all_their_steps(module: MeBTModule) -> None:
+    """The release counts the given tokens as well, and so leaves out the first steps."""
+    calls = []
+    forward = module.features
+
+    def count(network: Any, codes: Tensor, context: Tensor, targets: Tensor, label: Any) -> Tensor:
+        calls.append((context.shape[1], targets.shape[1]))
+        return forward(network, codes, context, targets, label)
+
+    module.features = count
+    module.generate_codes(24, torch.tensor([5]), DraftAndRevise(num_steps=4))
+    assert calls == [(0, 64), (4, 60), (18, 46), (39, 25), (32, 32), (34, 30), (41, 23), (51, 13)]
+
+
+@pytest.mark.parametrize("context_frames", [6, 16, 20])
+def test_windows_that_do_not_fit_are_refused(module: MeBTModule, context_frames: int) -> None:
+    with pytest.raises(ValueError, match=f"context_frames={context_frames} does not fit: .*multiple of 4 below 16"):
+        module.generate_codes(24, torch.tensor([1]), DraftAndRevise(context_frames=context_frames))
+
+
+# Editing
+
+
+def test_any_set_of_tokens_can_be_kept(module: MeBTModule) -> None:
+    codes, seeds = random_codes(), torch.tensor([5, 6])
+    everything = torch.ones(4, 4, 4, dtype=torch.bool)
+    assert torch.equal(module.edit_codes(codes, everything, seeds), codes)
+    keep = (
+        torch.rand(2, 64, generator=keyed_generator(3)).argsort(1).argsort(1).view(2, 4, 4, 4) < 23
+    )  # others for each
+    sharp = {"temperature": 0.1, "revise_temperature": 0.1}  # or the noise would decide alone
+    settings = DraftAndRevise(num_steps=3, bootstrap_passes=2, revise_rounds=1, revise_groups=4, **sharp)
+    edited = module.edit_codes(codes, keep, seeds, settings)
+    assert torch.equal(edited[keep], codes[keep])
+    changed = module.edit_codes(codes.where(keep, (codes + 1) % 16), keep, seeds, settings)
+    assert torch.equal(changed, edited)  # what is not kept is not read
+    assert not torch.equal(module.edit_codes(codes, keep, seeds + 9, settings), edited)
+    assert torch.equal(module.edit_codes(codes[1:], keep[1:], seeds[1:], settings), edited[1:])
+    other = module.edit_codes((codes + 1) % 16, keep, seeds, settings)
+    assert not torch.equal(other[~keep], edited[~keep])  # what is kept is
+
+
+def test_edits_that_do_not_fit_are_refused(module: MeBTModule) -> None:
+    codes, keep = random_codes(), torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    keep[0, 0] = True
+    with pytest.raises(ValueError, match=r"keep \[16, 0\] tokens: expected as many"):
+        module.edit_codes(codes, keep, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"1 seeds, codes .* do not fit"):
+        module.edit_codes(codes, keep, torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"Codes are \(5, 4, 4\): expected at most \(4, 4, 4\)"):
+        module.edit_codes(random_codes(frames=5), keep, torch.tensor([1, 2]))
+
+
+def clips() -> Tensor:
+    data = MovingShapesDataModule(num_train=2, num_val=2, num_frames=16, resolution=32, batch_size=2, seed=1)
+    data.setup("fit")
+    return next(iter(data.val_dataloader()))["video"]
+
+
+def test_a_video_goes_on_from_past_frames(module: MeBTModule) -> None:
+    video, seeds = clips(), torch.tensor([5, 6])
+    made = module.generate(Condition(past=video[:, :, :8]), 24, seeds)
+    assert made.shape == (2, 3, 24, 32, 32)
+    settings = DraftAndRevise(num_steps=4, given_frames=8)
+    by_task = module.generate(Condition(video=video, task="frame_prediction"), 24, seeds, settings)
+    assert torch.equal(by_task, made)
+    later = video.clone()
+    later[:, :, 8:] = 0.5
+    assert torch.equal(module.generate(Condition(video=later, task="frame_prediction"), 24, seeds, settings), made)
+    codes = module.generate_codes(24, seeds, past=module.encode_video(video[:, :, :8]))
+    assert torch.equal(codes[:, :2], module.encode_video(video[:, :, :8]))
+
+
+@pytest.mark.parametrize(
+    ("task", "kept"),
+    [("frame_interpolation", 2 * 16), ("central_outpainting", 4 * 4), ("central_inpainting", 4 * 12)],
+)
+def test_parts_of_clips_are_kept(module: MeBTModule, task: str, kept: int) -> None:
+    video, seeds = clips(), torch.tensor([5, 6])
+    codes, keep = module.known_codes(video, task, module.sampling)
+    assert int(keep.sum()) == kept
+    if task == "frame_interpolation":
+        assert torch.equal(codes[:, :1], module.encode_video(video[:, :, :4]))
+        assert torch.equal(codes[:, 3:], module.encode_video(video[:, :, 12:]))
+    made = module.generate(Condition(video=video, task=task), 16, seeds)
+    unknown = keep.logical_not().repeat_interleave(4, 0).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    other = video.masked_fill(unknown, 0.25)
+    assert torch.equal(module.generate(Condition(video=other, task=task), 16, seeds), made)
+    with pytest.raises(ValueError, match=f"num_frames=12 does not fit the task {task}"):
+        module.generate(Condition(video=video, task=task), 12, seeds)
+
+
+@pytest.mark.parametrize("given_frames", [6, 16])
+def test_given_frames_that_do_not_fit_are_refused(module: MeBTModule, given_frames: int) -> None:
+    settings = DraftAndRevise(given_frames=given_frames)
+    with pytest.raises(ValueError, match=f"given_frames={given_frames} does not fit: .*given_frames"):
+        module.generate(Condition(video=clips(), task="frame_prediction"), 16, torch.tensor([1, 2]), settings)
+
+
+def test_tasks_and_clips_go_together(module: MeBTModule) -> None:
+    for condition in (Condition(video=clips()), Condition(task="frame_prediction")):
+        with pytest.raises(ValueError, match="A task needs the clips"):
+            module.generate(condition, 16, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"task=juggling is none of MeBT's \(--task\)"):
+        module.checked_task("juggling")
+
+
+def test_videos_of_classes(tokenizer_bundle: Path) -> None:
+    module = make_module(tokenizer_bundle, num_classes=3)
+    with torch.no_grad():
+        for block in module.network.blocks:  # or the latents would hardly reach the logits
+            block.norm1.weight.fill_(1.0)
+            block.attention.proj.weight.mul_(10)
+    seeds = torch.tensor([5, 5])
+    settings = DraftAndRevise(num_steps=4, temperature=0.05)
+    codes = module.generate_codes(16, seeds, settings, torch.tensor([0, 2]))
+    assert not torch.equal(codes[0], codes[1])
+    batch = {"seeds": torch.tensor([5, 2]), "num_frames": 16, "task": None}
+    expected = module.generate(Condition(label=torch.tensor([2, 2])), 16, batch["seeds"])
+    assert torch.equal(module.predict_step(batch, 0)["video"], expected)  # classes in turn
+    with pytest.raises(ValueError, match="Labels are none: expected 2 of the classes 0 to 2"):
+        module.generate_codes(16, seeds)
+    with pytest.raises(ValueError, match=r"Labels are \[3\]: expected 1 of the classes"):
+        module.checked_task(None, 3)
+
+
+def test_generation_does_not_drop_out(tokenizer_bundle: Path) -> None:
+    module = make_module(tokenizer_bundle, dropout=0.5).train()
+    seeds = torch.tensor([5])
+    assert torch.equal(module.generate_codes(16, seeds), module.generate_codes(16, seeds))
+    assert module.network.training
 
 
 def test_a_label_is_refused(module: MeBTModule) -> None:
@@ -318,7 +615,7 @@ def test_a_label_is_refused(module: MeBTModule) -> None:
 
 
 def test_a_checkpoint_made_without_the_command_line_is_plain_and_loads(tokenizer_bundle: Path, tmp_path: Path) -> None:
-    module = MeBTModule(str(tokenizer_bundle), **(TOY | {"sampling": ConfidenceDecoding(num_steps=7, top_k=3)}))
+    module = MeBTModule(str(tokenizer_bundle), **(TOY | {"sampling": DraftAndRevise(num_steps=7, top_k=3)}))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_steps=1, limit_val_batches=0, accelerator="cpu", enable_model_summary=False, **quiet)
     loader = DataLoader([{"codes": random_codes()}], batch_size=None)
@@ -326,7 +623,7 @@ def test_a_checkpoint_made_without_the_command_line_is_plain_and_loads(tokenizer
     trainer.save_checkpoint(tmp_path / "made.ckpt")
     torch.load(tmp_path / "made.ckpt", weights_only=True)
     loaded = MeBTModule.load_from_checkpoint(tmp_path / "made.ckpt")
-    assert loaded.sampling == ConfidenceDecoding(num_steps=7, top_k=3)
+    assert loaded.sampling == DraftAndRevise(num_steps=7, top_k=3)
     for name, tensor in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     seeds = torch.tensor([2])

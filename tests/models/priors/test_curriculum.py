@@ -116,7 +116,7 @@ def test_schedules_by_step_do_not_need_the_length_of_the_run() -> None:
 
 
 def test_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match="'cosine' is unknown: use longest"):
+    with pytest.raises(ValueError, match="'cosine' is unknown: use longest, uniform, gaussian, gaussian2"):
         probabilities("cosine", 0)
 
 
@@ -143,3 +143,10 @@ def test_draws_never_have_probability_zero(length: int) -> None:
     p = np.zeros(32)
     p[length - 1] = 1
     assert {draw_length(p, 0, step) for step in range(50)} == {length}
+
+
+@pytest.mark.parametrize(("name", "steps_per_frame"), [("gaussian2", 30_000), ("gaussian100000_2", 100_000)])
+@pytest.mark.parametrize("step", [0, 500_000, 2_000_000])
+def test_schedules_of_the_release_have_fixed_numbers(name: str, steps_per_frame: int, step: int) -> None:
+    named = probabilities(name, step, steps_per_frame=7, width=9.0)  # whatever these are
+    np.testing.assert_array_equal(named, probabilities("gaussian", step, steps_per_frame=steps_per_frame, width=2.0))

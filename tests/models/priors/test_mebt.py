@@ -6,7 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.priors.mebt import PUBLISHED_STACK, MeBT, masked_token_loss
+from models.blocks.attention import Attention
+from models.priors import mebt
+from models.priors.mebt import (
+    PUBLISHED_STACK,
+    MaskedWindow,
+    MeBT,
+    SampleMask,
+    mask_window,
+    masked_token_loss,
+    target_mean,
+)
+from models.random import keyed_generator
 from models.weights import official_mebt_name
 
 GoldenTensor = Callable[[str, tuple[int, ...], float], Tensor]
@@ -112,8 +123,9 @@ def test_loss_and_gradients_equal_the_official_ones(
     logits = golden_mebt(CODES, context, masked)
     nll = F.cross_entropy(logits.transpose(1, 2), CODES.gather(1, masked), reduction="none")
     assert nll.sum().item() == pytest.approx(ce_sum, abs=1e-5)
-    assert masked_token_loss(nll, 4 * length, rho_power=0.0).item() == pytest.approx(plain_loss, abs=1e-6)
-    loss = masked_token_loss(nll, 4 * length)
+    window = MaskedWindow(context, masked, num_masked / (4 * length), None)
+    assert masked_token_loss(nll, window, rho_power=0.0).item() == pytest.approx(plain_loss, abs=1e-6)
+    loss = masked_token_loss(nll, window)
     assert loss.item() == pytest.approx(mean_loss, abs=1e-6)
     loss.backward()
     parameters = (
@@ -221,12 +233,180 @@ def test_zero_head_loses_log_of_the_codebook_size() -> None:
     network = MeBT(16384, 8, dim=8, num_heads=2, num_latents=2, blocks=("latent_enc", "latent_dec"))
     nn.init.zeros_(network.head.weight)
     order = torch.arange(8).expand(1, -1)
-    logits = network(torch.zeros(1, 8, dtype=torch.long), order[:, :4], order[:, 4:])
-    nll = F.cross_entropy(logits.transpose(1, 2), torch.full((1, 4), 7), reduction="none")
-    assert masked_token_loss(nll, 8).item() == pytest.approx(9.7041, abs=1e-4)
+    features = network.features(torch.zeros(1, 8, dtype=torch.long), order[:, :4], order[:, 4:])
+    nll = network.cross_entropy(features, torch.full((1, 4), 7))
+    assert nll.mean().item() == pytest.approx(9.7041, abs=1e-4)
 
 
-@pytest.mark.parametrize("num_masked", [0, 9])
-def test_loss_refuses_an_impossible_number_of_masked_tokens(num_masked: int) -> None:
-    with pytest.raises(ValueError, match="do not fit a window of 8"):
-        masked_token_loss(torch.zeros(2, num_masked), 8)
+def score_entries(network: MeBT, codes: Tensor, context: Tensor, targets: Tensor) -> list[int]:
+    """Queries times keys of each block in a forward pass."""
+    entries: list[int] = []
+    hooks = [
+        part.register_forward_hook(lambda _, inputs, __: entries.append(inputs[0].shape[1] * inputs[1].shape[1]))
+        for part in network.modules()
+        if isinstance(part, Attention)
+    ]
+    with torch.no_grad():
+        network(codes, context, targets)
+    for hook in hooks:
+        hook.remove()
+    return entries
+
+
+def test_scores_are_as_many_as_the_formula_says_and_grow_linearly() -> None:
+    latents = 3
+    network = MeBT(5, 64, dim=8, num_heads=2, num_latents=latents)
+    counts = {}
+    for num_tokens in (32, 64):
+        order = torch.arange(num_tokens).expand(1, -1)
+        c, m = num_tokens // 4, 3 * num_tokens // 4
+        entries = score_entries(network, torch.zeros_like(order), order[:, :c], order[:, c:])
+        expected = 7 * latents * c + 6 * latents**2 + 6 * latents * m + 5 * latents * (latents + m)
+        assert sum(entries) == expected
+        counts[num_tokens] = sum(entries)
+    assert counts[64] - 11 * latents**2 == 2 * (counts[32] - 11 * latents**2)
+
+
+def test_full_attention_has_the_square_of_all_tokens_in_each_block() -> None:
+    network = small_mebt(("latent_enc", "maskgit", "maskgit", "latent_dec"))
+    assert score_entries(network, CODES, ORDER[:, :5], ORDER[:, 6:])[1:3] == [11**2, 11**2]
+
+
+# Samples with different numbers of tokens
+
+
+@pytest.mark.parametrize("blocks", [GOLDEN_STACK, ("latent_enc", "maskgit", "latent_dec")])
+def test_padded_samples_are_predicted_as_each_by_itself(blocks: tuple) -> None:
+    network = small_mebt(blocks)
+    counts = [(5, 3), (0, 7)]  # one sees nothing
+    keep = (torch.arange(5) < torch.tensor([[5], [0]]), torch.arange(7) < torch.tensor([[3], [7]]))
+    logits = network(CODES, ORDER[:, :5], ORDER[:, 5:], keep=keep)
+    for row, (c, m) in enumerate(counts):
+        alone = network(CODES[row : row + 1], ORDER[row : row + 1, :c], ORDER[row : row + 1, 5 : 5 + m])
+        assert (logits[row, :m] - alone[0]).abs().max() < 1e-12
+    logits[0, :3].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters() if parameter.grad is not None)
+
+
+def test_masks_split_the_window_and_respect_what_is_given_and_the_budget() -> None:
+    noise = torch.rand(50, 24, generator=keyed_generator(1))
+    window = mask_window(noise, [SampleMask(4, 16, 8, 5)] * 50, budget=3)
+    assert window.keep is None
+    assert (window.context.shape, window.targets.shape, window.mask_ratio) == ((50, 11), (50, 3), 5 / 16)
+    for context, targets in zip(window.context.tolist(), window.targets.tolist(), strict=True):
+        assert set(range(4, 12)) <= set(context) <= set(range(4, 20))  # given, and nothing from outside
+        assert set(targets) <= set(range(12, 20)) - set(context)
+    assert len(window.targets.unique()) == 8  # any of those that are not given
+    # the last of the masked ones, in the order of the noise, as in the release
+    unbounded = mask_window(noise, [SampleMask(4, 16, 8, 5)] * 50)
+    assert torch.equal(unbounded.targets[:, 2:], window.targets)
+
+
+def test_each_sample_can_have_a_window_and_a_ratio_of_its_own() -> None:
+    noise = torch.rand(2, 24, generator=keyed_generator(2))
+    masks = [SampleMask(0, 24, 0, 20), SampleMask(8, 4, 0, 1)]
+    window = mask_window(noise, masks)
+    assert window.keep is not None
+    alone = [mask_window(noise[i : i + 1], masks[i : i + 1]) for i in range(2)]
+    for row, one in enumerate(alone):
+        for all_places, is_meant, own in (
+            (window.context, window.keep[0], one.context),
+            (window.targets, window.keep[1], one.targets),
+        ):
+            assert all_places[row][is_meant[row]].tolist() == own[0].tolist()
+    assert window.mask_ratio.tolist() == pytest.approx([20 / 24, 1 / 4])
+    assert set(range(8, 12)) >= set(window.targets[1][window.keep[1][1]].tolist())
+
+
+@pytest.mark.parametrize("num_masked", [3, 8])
+def test_alpha_weighs_the_mean_over_targets_by_what_was_masked(num_masked: int) -> None:
+    nll = torch.rand(2, num_masked, generator=keyed_generator(3))
+    window = MaskedWindow(ORDER[:, num_masked:], ORDER[:, :num_masked], num_masked / 12, None)
+    mean, rho = nll.mean(), num_masked / 12
+    for alpha, expected in ((1.0, mean), (0.0, mean * rho), (0.5, mean * rho**0.5)):
+        assert masked_token_loss(nll, window, alpha).item() == pytest.approx(expected.item())
+        assert expected.item() == pytest.approx((nll.sum() / (2 * 12 * rho**alpha)).item())  # the release's form
+
+
+def test_the_loss_of_padded_samples_is_the_mean_over_samples() -> None:
+    keep = (torch.ones(2, 1, dtype=torch.bool), torch.tensor([[True, True, False], [True, True, True]]))
+    window = MaskedWindow(ORDER[:, :1], ORDER[:, :3], torch.tensor([0.5, 0.25]), keep)
+    nll = torch.tensor([[1.0, 3.0, torch.nan], [1.0, 1.0, 4.0]])
+    assert target_mean(nll, window).tolist() == [2.0, 2.0]
+    assert masked_token_loss(nll, window, rho_power=0.0).item() == pytest.approx((2 * 0.5 + 2 * 0.25) / 2)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_loss_in_parts_is_the_loss_at_once(monkeypatch: pytest.MonkeyPatch, label_smoothing: float) -> None:
+    largest: list[int] = []
+    gradients = []
+    for chunk in (11 * 4, 2**25):
+        network = small_mebt()
+        network.head.register_forward_hook(lambda _, __, logits: largest.append(logits.numel()))
+        monkeypatch.setattr(mebt, "LOSS_CHUNK_LOGITS", chunk)
+        features = network.features(CODES, ORDER[:, :5], ORDER[:, 5:])
+        nll = network.cross_entropy(features, CODES.gather(1, ORDER[:, 5:]), label_smoothing)
+        nll.square().sum().backward()
+        gradients.append([nll.detach(), *(parameter.grad for parameter in network.parameters())])
+        if chunk < 100:
+            assert max(largest) == 44  # never all 154
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    logits = network(CODES, ORDER[:, :5], ORDER[:, 5:])
+    expected = F.cross_entropy(
+        logits.transpose(1, 2), CODES.gather(1, ORDER[:, 5:]), reduction="none", label_smoothing=label_smoothing
+    )
+    torch.testing.assert_close(gradients[0][0], expected.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_checkpointing_changes_what_is_kept_and_not_the_gradients() -> None:
+    gradients, kept = [], []
+    for is_on in (False, True):
+        network = small_mebt()
+        network.gradient_checkpointing = is_on
+        saved = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal saved
+            saved += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = network(CODES, ORDER[:, :5], ORDER[:, 5:]).square().sum()
+        kept.append(saved)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert kept[1] < kept[0] / 3
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+# Classes
+
+
+def test_a_class_is_one_more_learned_latent() -> None:
+    torch.manual_seed(0)
+    blocks = ("latent_enc", "latent_dec")
+    network = MeBT(11, 12, dim=16, num_heads=2, num_latents=3, blocks=blocks, num_classes=5, init_std=0.5)
+    assert network.label_embedding.weight.shape == (5, 16)
+    logits = [network(CODES, ORDER[:, :5], ORDER[:, 5:], torch.tensor([k, k])) for k in (1, 1, 4)]
+    assert torch.equal(logits[0], logits[1])
+    assert (logits[0] - logits[2]).abs().max() > 1e-3
+    # a network without classes whose latents include it
+    plain = MeBT(11, 12, dim=16, num_heads=2, num_latents=4, blocks=blocks)
+    state = network.state_dict()
+    row = state.pop("label_embedding.weight")[1]
+    state["latent_embedding"] = torch.cat([state["latent_embedding"], row.view(1, 1, -1)], dim=1)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(CODES, ORDER[:, :5], ORDER[:, 5:]), logits[0])
+
+
+def test_labels_and_classes_go_together() -> None:
+    with pytest.raises(ValueError, match="has no classes"):
+        small_mebt()(CODES, ORDER[:, :5], ORDER[:, 5:], torch.tensor([0, 1]))
+    network = MeBT(11, 12, dim=16, num_heads=2, num_latents=3, blocks=GOLDEN_STACK, num_classes=5)
+    with pytest.raises(ValueError, match="has learned classes"):
+        network(CODES, ORDER[:, :5], ORDER[:, 5:])
