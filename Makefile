@@ -23,7 +23,7 @@ CONFIG = --config experiments/$(EXP).yaml $(if $(STRATEGY),--config experiments/
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= STRATEGY= GPUS= ARGS=\"--any.option=value ...\""
+	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= STRATEGY= GPUS= BUNDLE= ARGS=\"--any.option=value ...\""
 	@echo "Experiments: $(EXPERIMENTS)"
 
 setup: $(STAMP) ## create .venv and install the pinned dependencies into it
@@ -58,9 +58,14 @@ train: $(STAMP) _known_experiment
 	$(LONGTAKE) fit $(CONFIG) $(if $(RESUME),--resume $(RESUME) )$(ARGS)
 endif
 
+ifdef BUNDLE
+sample: $(STAMP)
+	$(LONGTAKE) sample --bundle $(BUNDLE) $(ARGS)
+else
 sample: $(STAMP) _known_experiment ## videos from EXP=... CKPT=...: mp4s, a contact sheet, samples.json
 	@test -f "$(CKPT)" || { echo "CKPT='$(CKPT)' is no file. CKPT= a checkpoint, e.g. runs/$(EXP)/version_0/checkpoints/last.ckpt"; exit 1; }
 	$(LONGTAKE) sample $(CONFIG) --ckpt_path $(CKPT) $(ARGS)
+endif
 
 tokenize: $(STAMP) _known_experiment ## codes of all clips of EXP=..., computed once; OUT= the folder
 	@test -n "$(OUT)" || { echo "OUT= the folder to write to, such as data/codes/$(EXP)"; exit 1; }

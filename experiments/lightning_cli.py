@@ -34,6 +34,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
@@ -45,7 +46,7 @@ from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
 from lightning_modules.generator import VideoGenerator
-from models.weights import check_whole, read_checkpoint
+from models.weights import check_whole, load_state, read_checkpoint
 
 # A value is written once: the source decides the target, for every class that has such an argument.
 LINKS = (
@@ -137,7 +138,7 @@ class LongtakeTrainer(Trainer):
         Args:
             model: The generator.
             datamodule: Where the clips come from, for a task that gives pixels: its validation clips, in their order.
-            ckpt_path: Checkpoint of the generator.
+            ckpt_path: Checkpoint of the generator, or its bundle; `--bundle` gives that and its experiment.
             num_samples: Number of videos.
             num_frames: Pixel frames of each; null takes the longest that the model was built for.
             task: What to generate, for a model with tasks; null takes its first.
@@ -170,6 +171,10 @@ class LongtakeTrainer(Trainer):
             clips = datamodule.datasets["val"]
         checkpoint = Path(ckpt_path)
         folder = Path(out) if out else checkpoint.parent.parent / f"samples-{checkpoint.stem}"
+        is_bundle = checkpoint.is_dir()
+        if is_bundle:
+            folder = Path(out) if out else checkpoint.with_name(f"samples-{checkpoint.name}")
+            load_state(model, load_file(checkpoint / "model.safetensors"), checkpoint)
         about = {
             "checkpoint": str(checkpoint),
             "num_frames": frames,
@@ -183,7 +188,7 @@ class LongtakeTrainer(Trainer):
             model,
             datamodule=Seeds(seeds, batch_size, frames, task, label, clips),
             return_predictions=False,
-            ckpt_path=checkpoint,
+            ckpt_path=None if is_bundle else checkpoint,
             weights_only=True,
         )
         rank_zero_info(f"{num_samples} videos of {frames} frames: {folder}")
@@ -352,6 +357,28 @@ def resumed(args: list[str]) -> list[str]:
     return args
 
 
+def bundled(args: list[str]) -> list[str]:
+    """Replace `--bundle FOLDER` by its experiment, its tokenizer and its weights.
+
+    Raises:
+        FileNotFoundError: If the folder is no generator's bundle.
+    """
+    for position, words, value in option_values(args, "bundle"):
+        folder = Path(value)
+        if not (folder / "experiment.yaml").is_file():
+            raise FileNotFoundError(
+                f"{folder} is no bundle of a generator: it holds no experiment.yaml (`longtake export` makes bundles)."
+            )
+        return [
+            *args[:position],
+            f"--config={folder / 'experiment.yaml'}",
+            f"--model.tokenizer={folder / 'tokenizer'}",
+            f"--ckpt_path={folder}",
+            *args[position + words :],
+        ]
+    return args
+
+
 def run_place(args: Sequence[str]) -> tuple[Path, str]:
     """Folder of all runs and name of this one, as the arguments and the experiment's files say.
 
@@ -423,8 +450,8 @@ def refuse_linked_values(args: Sequence[str], files: Sequence[Path]) -> None:
 
 
 def prepared(args: Sequence[str]) -> list[str]:
-    """Expand `--resume` and `base:`, refuse linked values, and name the run after its first experiment file."""
-    args = resumed(["--config" if word == "-c" else word for word in args])
+    """Expand `--resume`, `--bundle` and `base:`, refuse linked values, name the run after its first experiment file."""
+    args = bundled(resumed(["--config" if word == "-c" else word for word in args]))
     out: list[str] = []
     files: list[Path] = []
     positions = {i: (words, value) for i, words, value in option_values(args, "config")}
@@ -545,11 +572,15 @@ class LongtakeCLI(LightningCLI):
             if command in ("validate", "sample"):
                 raise ValueError(f"`longtake {command}` needs trained weights: --ckpt_path CHECKPOINT.")
             return
-        if not Path(path).is_file():
+        if command == "sample" and (Path(path) / "config.json").is_file():
+            bundled = json.loads((Path(path) / "config.json").read_text())
+            saved = {"_class_path": bundled["class_path"], **bundled["init_args"]}
+        elif Path(path).is_file():
+            saved = read_checkpoint(Path(path)).get("hyper_parameters", {})
+        else:
             raise FileNotFoundError(
                 f"No checkpoint at {path} (--ckpt_path takes a file; --resume RUN finds the newest one of a run)."
             )
-        saved = read_checkpoint(Path(path)).get("hyper_parameters", {})
         saved = json.loads(json.dumps(saved))  # tuples become lists, as in the dumped configuration
         dumped = self._parser(command).dump(config, skip_none=False, skip_link_targets=False, format="json")
         given = json.loads(dumped)["model"]

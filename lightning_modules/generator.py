@@ -141,8 +141,9 @@ class VideoGenerator(LightningModule):
         return self.tokenizer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the tokenizer by its hash."""
+        """Name the tokenizer by its hash, and the class, which hyper-parameters of the command line alone name."""
         checkpoint["tokenizer_digest"] = self.tokenizer_digest
+        checkpoint["class_path"] = f"lightning_modules.{type(self).__name__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with another tokenizer than the one that the weights were trained on."""
