@@ -635,6 +635,13 @@ class LongtakeCLI(LightningCLI):
         with claimed(Path(logger.log_dir)):
             super()._run_subcommand(subcommand)
 
+    def instantiate_classes(self) -> None:
+        """Build all; a model that is to be sharded without its weights, which may not fit into one process."""
+        strategy = self.config[self.config.subcommand].trainer.strategy
+        is_sharded = getattr(strategy, "class_path", "").endswith("sharding.Sharded")
+        with torch.device("meta") if is_sharded else contextlib.nullcontext():
+            super().instantiate_classes()
+
     def after_instantiate_classes(self) -> None:
         """Load the frozen tokenizer before any data, and hand the curriculum to the data module."""
         if isinstance(self.model, VideoGenerator):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_modules.sharding import shard
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
 from models.tokenizers import VQGAN3D
@@ -72,6 +73,8 @@ class VideoGenerator(LightningModule):
         causal: bool = False,
     ) -> None:
         super().__init__()
+        if torch.get_default_device().type == "meta":  # to be filled later as it would be filled now
+            self.__dict__["rng_state_of_init"] = torch.get_rng_state()
         if causal and (num_frames < 1 or (num_frames - 1) % downsample[0]):
             lower = max(0, num_frames - 1) // downsample[0] * downsample[0] + 1
             raise ValueError(
@@ -197,6 +200,11 @@ class VideoGenerator(LightningModule):
         return keyed_generator(self.seed, self.global_step, stream, *keys, device=device)
 
     # Training
+
+    def configure_model(self) -> None:
+        """Shard the network, once, if the strategy is `Sharded`."""
+        if self.device_mesh is not None and not hasattr(self.network, "unshard"):
+            shard(self, self.network, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW in two groups: Linear weights decay, everything else does not."""

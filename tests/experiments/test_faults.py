@@ -164,6 +164,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
         torch.load(run / "checkpoints/step=6.ckpt", weights_only=True)
         for run in (Path("runs/mebt/version_0"), mebt_run)
     )
+    assert last_ledger(Path("runs/mebt/version_0")) == last_ledger(mebt_run)
     assert differences(one["state_dict"], other["state_dict"]) == []
     assert differences(one["optimizer_states"], other["optimizer_states"]) == []
 

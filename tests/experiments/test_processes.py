@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from probes import read_ledger
-from five_experiments import write_five_experiments
+from five_experiments import differences, write_five_experiments
 from tiny_experiments import read_video, write_tiny_experiments
 
 from experiments.cli import ROOT, main
 from experiments.lightning_cli import run
+from lightning_modules.load import load_generator
 
 HERE = Path(__file__).parent
 TIME_LIMIT = 300  # seconds; on two idle cores it takes a tenth
@@ -55,7 +56,10 @@ def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     others = [
         ["fit", f"--config=five/{name}.yaml", *TWO_PROCESSES, "--trainer.strategy=ddp", *OTHERS[name]] for name in OTHERS
     ]
+    sharded = ["fit", "--config=five/walt.yaml", *TWO_PROCESSES, "--trainer.strategy=lightning_modules.sharding.Sharded"]
     commands = [
+        [*sharded, "--run_root=sharded"],
+        [*sharded, "--run_root=again", "--ckpt_path=sharded/walt/version_0/checkpoints/step=4.ckpt"],
         *others,
         ["tokenize", "--config=mebt.yaml", *TWO_PROCESSES, "--out=codes", "--shard_items=3"],
         ["fit", "--config=tokenizer.yaml", *TWO_PROCESSES, "--trainer.max_steps=2"],
@@ -123,6 +127,23 @@ def test_the_other_priors_on_two_processes_equal_one_with_twice_the_batch(
     assert [a[1] + b[1] for a, b in zip(*(read_ledger(folders[1], rank) for rank in range(2)), strict=True)] == [
         entry[1] for entry in read_ledger(folders[0])
     ]
+
+
+def test_a_sharded_generator_equals_one_that_is_not_and_saves_single_files_it_resumes_from(
+    two_processes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With averaged weights; made on the meta device, with the weights that it would have had."""
+    monkeypatch.chdir(two_processes)
+    files = [f"{root}/walt/version_0/checkpoints/step=6.ckpt" for root in ("runs", "sharded", "again")]
+    whole, sharded, again = (torch.load(file, weights_only=True) for file in files)
+    assert sharded["state_dict"].keys() == whole["state_dict"].keys()
+    for part in ("state_dict", "current_model_state"):
+        for name, tensor in whole[part].items():
+            assert torch.allclose(sharded[part][name], tensor, rtol=0, atol=1e-5), name
+    for part in ("state_dict", "current_model_state", "optimizer_states"):
+        assert differences(again[part], sharded[part]) == []
+    module = load_generator(files[1])  # in one process
+    assert all(torch.equal(tensor, sharded["state_dict"][name]) for name, tensor in module.state_dict().items())
 
 
 def test_a_tokenizer_on_two_processes_equals_one_with_twice_the_batch(two_processes: Path, tokenizer_run: Path) -> None:

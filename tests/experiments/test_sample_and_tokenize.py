@@ -196,3 +196,16 @@ def test_tokenize_needs_a_generator_and_a_place(tiny: Path, experiment: str) -> 
     with pytest.raises(ValueError, match="Give the experiment of a generator, and --out FOLDER"):
         main(["tokenize", f"--config={experiment}.yaml", *words])
     assert not Path("codes").exists()
+
+
+def test_a_bundle_samples_what_its_checkpoint_does(tiny: Path, mebt_run: Path) -> None:
+    """Without the experiment's file, and with the tokenizer that it holds."""
+    checkpoint = mebt_run / "checkpoints/last.ckpt"
+    main(["export", str(checkpoint), "bundle"])
+    main(["sample", "--config=mebt.yaml", f"--ckpt_path={checkpoint}", "--num_samples=1", "--out=one"])
+    Path("mebt.yaml").unlink()
+    main(["sample", "--bundle=bundle", "--num_samples=1", "--out=other"])
+    one, other = (Path(folder, "seed=000000.mp4").read_bytes() for folder in ("one", "other"))
+    assert one == other
+    with pytest.raises(FileNotFoundError, match="nowhere is no bundle of a generator"):
+        main(["sample", "--bundle=nowhere"])
