@@ -1,4 +1,4 @@
-"""Watches over a training: tells early that something goes wrong with a tokenizer, and skips bad steps of any module."""
+"""Watches over a training: tells early what goes wrong with a tokenizer, and skips bad steps of any module."""
 
 import json
 import logging
@@ -49,8 +49,8 @@ class TokenizerHealth(Callback):
     Args:
         every_n_steps: optimizer steps between looks; each reads a few numbers from the device. 0 does not look.
         patience: looks in a row that a trend needs.
-        on_bad_step: `warn`, or `skip` a step whose loss or gradients are not finite, as if its batches had not been; this
-            reads their norms at each step.
+        on_bad_step: `warn`, or `skip` a step whose loss or gradients are not finite, as if its batches had not been;
+            this reads their norms at each step.
         spike: skip a step, too, whose loss lies so many standard deviations above its running mean; 0 skips none.
         max_bad_steps: after so many skipped steps in a row the run stops with an error.
         on_winning_discriminator: `warn`, `delay` all discriminators by `delay_steps`, or `damp` them: halve their
@@ -182,8 +182,8 @@ class TokenizerHealth(Callback):
                 pl_module.load_state_dict(self._buffers, strict=False)
             if self._bad_steps >= self.max_bad_steps:
                 raise RuntimeError(
-                    f"{self._bad_steps} steps in a row had gradients that are not finite, or a loss that was not or rose "
-                    "at once (--health.max_bad_steps). The weights are those before them; bad_steps.jsonl in the run's "
+                    f"{self._bad_steps} steps in a row had gradients that are not finite, or a loss that was not or "
+                    "rose at once (--health.max_bad_steps). The weights are those before them; bad_steps.jsonl in the run's "
                     "folder names the clips."
                 )
             return

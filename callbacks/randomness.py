@@ -21,6 +21,4 @@ class StepSeed(Callback):
         """Seed them."""
         seed = getattr(pl_module, "seed", None)
         if seed is not None:
-            torch.manual_seed(
-                keyed_seed(seed, trainer.global_step, _LAYER_STREAM, batch_idx, trainer.global_rank)
-            )
+            torch.manual_seed(keyed_seed(seed, trainer.global_step, _LAYER_STREAM, batch_idx, trainer.global_rank))

@@ -1,4 +1,4 @@
-"""`longtake export`: turn a checkpoint into a bundle that can be passed on: safetensors and JSON, nothing that executes.
+"""`longtake export`: turn a checkpoint into a bundle to pass on: safetensors and JSON, nothing that executes.
 
 A tokenizer's bundle is what priors take. A generator's bundle is self-contained: `longtake sample --bundle` and
 `lightning_modules.load.load_generator` need nothing besides. It holds the generator (`model.safetensors`,
@@ -93,7 +93,9 @@ def bundled_experiment(checkpoint: dict[str, Any], config: dict[str, Any]) -> di
     run = checkpoint.get("config") or {}
     size = {name: arguments[name] for name in ("num_frames", "resolution")}
     data = run.get("data") or {"class_path": "datamodules.MovingShapesDataModule", "init_args": size}
-    kept = {name: value for name, value in data["init_args"].items() if not (isinstance(value, str) and os.sep in value)}
+    kept = {
+        name: value for name, value in data["init_args"].items() if not (isinstance(value, str) and os.sep in value)
+    }
     linked = {"num_frames", "resolution", "seed", "tokenizer"}
     return {
         "seed_everything": arguments["seed"],

@@ -391,7 +391,8 @@ def run_place(args: Sequence[str]) -> tuple[Path, str]:
     for name in ("run_root", "run_name"):
         said = [(yaml.safe_load(file.read_text()) or {}).get(name) for file in files]
         said += [value for _, _, value in option_values(args, name)]
-        place |= {name: value for value in said if value is not None}
+        if known := [value for value in said if value is not None]:
+            place[name] = known[-1]
     if "run_name" not in place:
         raise ValueError("--resume auto looks for a run by its experiment: give --config experiments/<name>.yaml.")
     return Path(place["run_root"]), place["run_name"]

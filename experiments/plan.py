@@ -1,11 +1,11 @@
 """`longtake plan`: what an experiment costs, before any GPU is paid for.
 
-The training step of the experiment's own module runs at its full size on tensors that have shapes and no values (torch's
-fake tensors), so that nothing is estimated by formula: FLOPs are those that torch's counter sees, activations are the
+The training step of the experiment's own module runs at its full size on tensors that have shapes and no values
+(torch's fake tensors), so that nothing is estimated by formula: FLOPs are those that torch's counter sees, activations are the
 tensors that autograd keeps for the backward pass. Attention counts whole, causal or not, as in torch's counter.
 
-What is assumed: weights, gradients and optimizer states in float32, AdamW (8 bytes a parameter), and that GPUs keep what
-the CPU's kernels keep. Not counted are the allocator's fragments, the communication's own buffers beyond DDP's copy of
+What is assumed: weights, gradients and optimizer states in float32, AdamW (8 bytes a parameter), and that GPUs keep
+what the CPU's kernels keep. Not counted are the allocator's fragments, the communication's own buffers beyond DDP's copy of
 the gradients, validation, samples and scores.
 """
 
@@ -198,9 +198,7 @@ STEPS: dict[type, Callable[..., Tensor]] = {
 }
 
 
-def generator_traces(
-    module: VideoGenerator, batch_size: int, precision: str, mean_frames: float
-) -> tuple[float, int]:
+def generator_traces(module: VideoGenerator, batch_size: int, precision: str, mean_frames: float) -> tuple[float, int]:
     """FLOPs of a training step at the curriculum's mean length, and bytes kept at the full one.
 
     Args:
@@ -283,7 +281,7 @@ def fake_perceptual(network: str) -> nn.Module:
 
 
 def frozen_tokenizer(path: str) -> VQGAN3D | None:
-    """The tokenizer at a path with fake tensors: as its bundle says, or the experiment that its folder is named after."""
+    """The tokenizer at a path with fake tensors: as its bundle says, or the experiment of its folder's name."""
     bundle, experiment = Path(path) / "config.json", EXPERIMENTS / f"{Path(path).name}.yaml"
     if bundle.is_file():
         config = json.loads(bundle.read_text())
@@ -347,7 +345,9 @@ def make_plan(
             t, h, w = module.latent_shape
             tokens, blocks = t * h * w, list(getattr(module.network, "blocks", getattr(module.network, "layers", [])))
             size = module.codebook_size
-            bytes_per_token = 2 * module.latent_dim if size is None else 1 if size <= 2**8 else 2 if size <= 2**16 else 4
+            bytes_per_token = (
+                2 * module.latent_dim if size is None else 1 if size <= 2**8 else 2 if size <= 2**16 else 4
+            )
             if (tokenizer := frozen_tokenizer(module.tokenizer_path)) is not None:
                 frozen_bytes = 4 * count(tokenizer)
                 video = torch.rand(1, 3, *clip)
@@ -420,19 +420,21 @@ def shown(plan: Plan, tflops: float, mfu: float) -> str:
         f"  tokens              {plan.tokens:,} a clip",
         f"  FLOPs               {plan.training_flops:.3e} a step and GPU"
         + (f", and {plan.tokenizer_flops:.3e} for the frozen tokenizer" if plan.tokenizer_flops else ""),
-        f"  activations         {plan.activation_bytes / GIB:.2f} GiB a GPU, frozen networks {plan.frozen_bytes / GIB:.2f}",
+        f"  activations         {plan.activation_bytes / GIB:.2f} GiB a GPU, and {plan.frozen_bytes / GIB:.2f} GiB for "
+        "frozen networks",
     ]
     names = {"one": "one GPU", "ddp": "DDP", "fsdp": f"sharded over {plan.gpus}"}
     lines += [
-        f"  memory, {names[name]:<12}{plan.memory(name) / GIB:.2f} GiB a GPU, {size / GIB:.2f} of it weights, gradients, "
-        "optimizer and averages"
+        f"  memory, {names[name]:<16}{plan.memory(name) / GIB:.2f} GiB a GPU, {size / GIB:.2f} of it weights, "
+        "gradients, optimizer and averages"
         for name, size in plan.state_bytes.items()
     ]
     cached = f" ({plan.step_seconds_cached:.3f} with cached tokens)" if plan.tokenizer_flops else ""
     lines += [
         f"  time                {plan.step_seconds:.3f} s a step at {mfu:.0%} of {tflops:g} TFLOPS{cached}",
         f"  in all              {plan.steps:,} steps, {plan.gpu_hours:,.0f} GPU-hours",
-        f"  disk                {plan.checkpoint_bytes / GIB:.2f} GiB a checkpoint, twice that while one replaces another",
+        f"  disk                {plan.checkpoint_bytes / GIB:.2f} GiB a checkpoint, twice that while one replaces "
+        "another",
     ]
     if plan.token_cache_bytes is not None:
         lines.append(f"  token cache         {plan.token_cache_bytes / GIB:.3f} GiB for the training clips, once each")
@@ -442,8 +444,8 @@ def shown(plan: Plan, tflops: float, mfu: float) -> str:
 def table(plans: Sequence[Plan]) -> str:
     """Markdown, a row an experiment."""
     rows = [
-        "| experiment | parameters, M | tokens | clips/GPU | TFLOP/step/GPU | activations, GiB | DDP, GiB | sharded, GiB "
-        "| s/step | steps | GPU-hours | checkpoint, GiB |",
+        "| experiment | parameters, M | tokens | clips/GPU | TFLOP/step/GPU | activations, GiB | DDP, GiB "
+        "| sharded, GiB | s/step | steps | GPU-hours | checkpoint, GiB |",
         "|" + "---|" * 12,
     ]
     for plan in plans:

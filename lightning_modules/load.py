@@ -35,7 +35,9 @@ def build_generator(config: dict[str, Any], tokenizer: str | None = None) -> Vid
     found = getattr(importlib.import_module("lightning_modules"), name, None)
     is_ours = package.split(".")[0] in ("", "lightning_modules")
     if not (is_ours and isinstance(found, type) and issubclass(found, VideoGenerator)):
-        raise ValueError(f"A bundle asks for {config['class_path']!r}; only generators of `lightning_modules` are built.")
+        raise ValueError(
+            f"A bundle asks for {config['class_path']!r}; only generators of `lightning_modules` are built."
+        )
     return found(**config["init_args"] | ({"tokenizer": tokenizer} if tokenizer else {}))
 
 

@@ -86,7 +86,8 @@ def write_five_experiments(folder: Path) -> None:
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
     """Where two checkpoints differ in a bit.
 
-    Left out is what depends on the folder, how the data is loaded, and Lightning's counters, which also count how often it began.
+    Left out is what depends on the folder, how the data is loaded, and Lightning's counters, which also
+    count how often it began.
     """
     if any(word in path for word in ("Checkpoint{", "['loops']", "['config']", "['datamodule_hyper_parameters']")):
         return []

@@ -112,7 +112,7 @@ def test_a_checkpoint_with_one_wrong_bit_is_left_out_and_left_there(run_folder: 
 def test_no_run_begins_anew_because_all_checkpoints_are_damaged(run_folder: Path, how: str) -> None:
     for path in run_folder.glob("checkpoints/step=*.ckpt"):
         flip_a_byte(path)
-    with pytest.raises(ValueError, match="None of the 3 checkpoints of .*version_0 is whole"):
+    with pytest.raises(ValueError, match=r"None of the 3 checkpoints of .*version_0 is whole"):
         resumed(["fit", "--config=mebt.yaml", f"--resume={how}"])
 
 
@@ -214,7 +214,7 @@ def test_a_resumed_run_says_that_its_tokenizer_is_missing_or_another(run_folder:
     before = sorted(run_folder.rglob("*"))
     with pytest.raises(FileNotFoundError, match=r"No tokenizer at nowhere \(--model\.tokenizer"):
         main(["fit", "--config=mebt.yaml", "--resume=must", "--model.tokenizer=nowhere"])
-    with pytest.raises(ValueError, match="was trained on tokenizer .* Give the one it was trained on"):
+    with pytest.raises(ValueError, match=r"was trained on tokenizer .* Give the one it was trained on"):
         main(
             [
                 *("fit", "--config=mebt.yaml", "--resume=must", f"--model.tokenizer={world / 'exported'}"),

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ class Meter(Callback):
     """Counts the FLOPs of the last training step, and the bytes that autograd keeps in it; optimizers cost none."""
 
     flops = 0.0
-    saved: dict[int, tuple[Any, int]] = {}
+    saved: ClassVar[dict[int, tuple[Any, int]]] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         own = {t.untyped_storage()._cdata for t in (*pl_module.parameters(), *pl_module.buffers())}
@@ -64,14 +64,23 @@ SETTLED = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_plan_says_what_a_step_costs(name: str, five: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_plan_says_what_a_step_costs(
+    name: str, five: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["fit", f"--config={five / name}.yaml", *SETTLED[name]]
     plan = make_plan(parsed(words), gpus=1)
     if name == "mebt":  # half of the tokens masked, as the plan has it
         monkeypatch.setattr("lightning_modules.mebt.num_masked_tokens", lambda schedule, tau, count: count // 2)
     steps = 2 if name != "tokenizer" else 3  # the first one makes the codebook
-    main([*words, f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0", "--trainer.callbacks+=test_plan.Meter"])
+    main(
+        [
+            *words,
+            f"--trainer.max_steps={steps}",
+            "--trainer.limit_val_batches=0",
+            "--trainer.callbacks+=test_plan.Meter",
+        ]
+    )
     flops = plan.training_flops + plan.tokenizer_flops
     assert flops == pytest.approx(Meter.flops, rel=0.01)
     assert plan.activation_bytes == pytest.approx(sum(size for _, size in Meter.saved.values()), rel=0.15)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from probes import read_ledger
 from five_experiments import differences, write_five_experiments
+from probes import read_ledger
 from tiny_experiments import read_video, write_tiny_experiments
 
 from experiments.cli import ROOT, main
@@ -54,9 +54,15 @@ def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     write_tiny_experiments(folder, world / "tokenizer")
     write_five_experiments(folder / "five")
     others = [
-        ["fit", f"--config=five/{name}.yaml", *TWO_PROCESSES, "--trainer.strategy=ddp", *OTHERS[name]] for name in OTHERS
+        ["fit", f"--config=five/{name}.yaml", *TWO_PROCESSES, "--trainer.strategy=ddp", *OTHERS[name]]
+        for name in OTHERS
     ]
-    sharded = ["fit", "--config=five/walt.yaml", *TWO_PROCESSES, "--trainer.strategy=lightning_modules.sharding.Sharded"]
+    sharded = [
+        "fit",
+        "--config=five/walt.yaml",
+        *TWO_PROCESSES,
+        "--trainer.strategy=lightning_modules.sharding.Sharded",
+    ]
     commands = [
         [*sharded, "--run_root=sharded"],
         [*sharded, "--run_root=again", "--ckpt_path=sharded/walt/version_0/checkpoints/step=4.ckpt"],

@@ -89,7 +89,9 @@ def test_a_bundle_whose_tokenizer_was_exchanged_is_refused(bundle: Path) -> None
         load_generator(bundle)
 
 
-@pytest.mark.parametrize("class_path", ["os.mkdir", "lightning_modules.VQGAN3DModule", "subprocess.Popen", "torch.nn.Linear"])
+@pytest.mark.parametrize(
+    "class_path", ["os.mkdir", "lightning_modules.VQGAN3DModule", "subprocess.Popen", "torch.nn.Linear"]
+)
 def test_a_bundle_that_asks_for_another_class_is_refused(bundle: Path, tmp_path: Path, class_path: str) -> None:
     config = {"class_path": class_path, "init_args": {"path": str(tmp_path / "nest")}}
     (bundle / "config.json").write_text(json.dumps(config))
