@@ -182,7 +182,7 @@ class TokenizerHealth(Callback):
                 pl_module.load_state_dict(self._buffers, strict=False)
             if self._bad_steps >= self.max_bad_steps:
                 raise RuntimeError(
-                    f"{self._bad_steps} steps in a row had gradients that are not finite, or a loss that was not or "
+                    f"{self._bad_steps} steps in a row had gradients that are not finite, or a loss that was not, or "
                     "rose at once (--health.max_bad_steps). The weights are those before them; bad_steps.jsonl in the run's "
                     "folder names the clips."
                 )

@@ -39,7 +39,16 @@ from torch.utils.data import DataLoader, Dataset
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
 import lightning_modules  # noqa: F401
-from callbacks import EMA, Checkpoint, FVDEvaluation, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
+from callbacks import (
+    EMA,
+    Checkpoint,
+    FVDEvaluation,
+    Levers,
+    SampleLogger,
+    ShortToLongCurriculum,
+    Throughput,
+    TokenizerHealth,
+)
 from callbacks.randomness import StepSeed
 from callbacks.sample_writer import SampleWriter
 from datamodules.sampler import ClipRequest, collate_clips
@@ -548,6 +557,7 @@ class LongtakeCLI(LightningCLI):
         parser.add_lightning_class_args(ShortToLongCurriculum, "curriculum")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(TokenizerHealth, "health")
+        parser.add_lightning_class_args(Levers, "levers")
         parser.add_lightning_class_args(SampleLogger, "samples")
         parser.add_lightning_class_args(FVDEvaluation, "fvd")
         parser.add_lightning_class_args(Throughput, "throughput")

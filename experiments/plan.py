@@ -1,12 +1,12 @@
 """`longtake plan`: what an experiment costs, before any GPU is paid for.
 
 The training step of the experiment's own module runs at its full size on tensors that have shapes and no values
-(torch's fake tensors), so that nothing is estimated by formula: FLOPs are those that torch's counter sees, activations are the
-tensors that autograd keeps for the backward pass. Attention counts whole, causal or not, as in torch's counter.
+(torch's fake tensors), so that nothing is estimated by formula: FLOPs are those that torch's counter sees, activations
+are the tensors that autograd keeps for the backward pass. Attention counts whole, causal or not, as in torch's counter.
 
 What is assumed: weights, gradients and optimizer states in float32, AdamW (8 bytes a parameter), and that GPUs keep
-what the CPU's kernels keep. Not counted are the allocator's fragments, the communication's own buffers beyond DDP's copy of
-the gradients, validation, samples and scores.
+what the CPU's kernels keep. Not counted are the allocator's fragments, the communication's own buffers beyond DDP's
+copy of the gradients, validation, samples and scores.
 """
 
 import argparse

@@ -1,17 +1,16 @@
-"""What each switch for speed and memory does to a training step of MeBT and of W.A.L.T: time, and what autograd keeps.
+"""What each switch for speed and memory does to a training step of a small MeBT: time, and what autograd keeps.
 
-Every lever is a line in an experiment's file (docs/benchmarks.md): precision, torch.compile of the blocks, a fused
-optimizer. Gradients are those of a whole step, on the device that there is.
+Every lever is a line in an experiment's file: `trainer: {precision: bf16-mixed, accumulate_grad_batches: 2}`, `levers:
+{recompute_blocks: true, compile_blocks: true, fused_optimizer: true}`. Measured on the device that there is.
 """
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from callbacks.levers import recompute
 from experiments.benchmarks.report import Measurement, seconds_of
 from models.priors.mebt import PUBLISHED_STACK, MeBT
 from models.random import keyed_generator
@@ -56,9 +55,9 @@ def measured(
         network = MeBT(1024, tokens, dim, 4, 64, PUBLISHED_STACK[10:16]).to(device)
     for block in network.blocks:
         if compiled:
-            block.compile()
+            block.compile(dynamic=True)
         if checkpointing:
-            block.forward = recomputed(block.forward)  # type: ignore[method-assign]
+            recompute(block)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused)
     codes = torch.randint(1024, (4, tokens), generator=keyed_generator(0)).to(device)
     order = torch.rand(4, tokens, generator=keyed_generator(1)).argsort(1).to(device)
@@ -88,8 +87,3 @@ def measured(
     step(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
     size = float(sum(kept.values()))
     return seconds_of(step, least_seconds), size
-
-
-def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A forward pass whose inside is computed again in the backward pass."""
-    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
