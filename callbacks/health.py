@@ -183,8 +183,8 @@ class TokenizerHealth(Callback):
             if self._bad_steps >= self.max_bad_steps:
                 raise RuntimeError(
                     f"{self._bad_steps} steps in a row had gradients that are not finite, or a loss that was not, or "
-                    "rose at once (--health.max_bad_steps). The weights are those before them; bad_steps.jsonl in the run's "
-                    "folder names the clips."
+                    "rose at once (--health.max_bad_steps). The weights are those before them; bad_steps.jsonl in the "
+                    "run's folder names the clips."
                 )
             return
         if not self._active:
