@@ -118,6 +118,7 @@ class Checkpoint(ModelCheckpoint):
 
     _handler: Any = None
     _told_to_stop = False
+    _is_exceptional = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write whole files."""
@@ -159,6 +160,8 @@ class Checkpoint(ModelCheckpoint):
         """Save on schedule; stop if told to."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._stop_if_told(trainer)
+        if trainer.received_sigterm and self.save_on_exception:
+            self._save_now(trainer)  # here, where the loops' counters are those of any checkpoint
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop if told to: a validation may take longer than the cluster waits."""
@@ -168,18 +171,33 @@ class Checkpoint(ModelCheckpoint):
         """Save, unless that is what has failed."""
         self._let_go()
         if not isinstance(exception, CheckpointWriteError):
+            self._is_exceptional = True
             super().on_exception(trainer, pl_module, exception)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count as any checkpoint does, also in a validation after an epoch's last batch.
+
+        Lightning would take that batch for one of the next epoch, and number all that follow by one more.
+        """
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"] if "loops" in checkpoint else None
+        if self._is_exceptional and batches and batches["is_last_batch"]:
+            for count in (batches["current"], batches["total"]):
+                count["completed"] -= batches["current"]["ready"] > 0 and count["completed"] == count["ready"]
 
     # The last step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, unless that has been done."""
+        self._save_now(trainer)
+        super().on_train_end(trainer, pl_module)
+
+    def _save_now(self, trainer: Trainer) -> None:
         candidates = self._monitor_candidates(trainer)
         if not self._should_skip_saving_checkpoint(trainer):
             if self.monitor is None or self.monitor in candidates:
                 self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
-        super().on_train_end(trainer, pl_module)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Save, and let all processes know if that failed: those that do not write would wait for ever."""

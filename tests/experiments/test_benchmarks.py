@@ -8,7 +8,7 @@ import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
 from experiments.benchmarks import data
-from experiments.benchmarks.report import Measurement, report, seconds_of
+from experiments.benchmarks.report import Measurement, report, seconds_of, stored, summary
 
 
 def test_a_report_names_the_machine_and_says_which_targets_are_met(
@@ -58,8 +58,6 @@ def test_the_data_path_can_be_measured() -> None:
 
 
 def test_a_run_is_compared_with_an_earlier_one_of_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from experiments.benchmarks.report import Measurement, report, stored, summary
-
     report("toy", [Measurement("speed", 8.0, "clips/s")], tmp_path, quick=True)
     before = {"toy": stored(tmp_path, "toy", quick=True)}
     capsys.readouterr()
