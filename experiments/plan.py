@@ -277,7 +277,9 @@ def fake_perceptual(network: str) -> nn.Module:
     """The perceptual network, without a file of weights."""
     with torch.device("meta"):
         found = LPIPS() if network == "lpips" else Logits(network)
-    return materialised(found).requires_grad_(False)
+    found = materialised(found).requires_grad_(False)
+    found.to = lambda *_: found  # type: ignore[method-assign, assignment] # tensors without values cannot be moved
+    return found
 
 
 def frozen_tokenizer(path: str) -> VQGAN3D | None:

@@ -146,7 +146,7 @@ def test_auto_needs_to_know_the_experiment() -> None:
 def test_sigterm_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
     moment: str, tiny: Path, mebt_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In training, at an epoch's last batch, and in the validation after it; the exit status is a shell's for SIGTERM."""
+    """In training, at an epoch's last batch, and in the validation after it; the exit status is 143."""
     monkeypatch.setenv("LONGTAKE_TEST_SIGTERM", moment)
     handler = signal.getsignal(signal.SIGTERM)
     words = ["fit", "--config=mebt.yaml", "--resume=auto", "--checkpoint.every_n_train_steps=100"]
