@@ -110,6 +110,7 @@ def traced(step: Callable[[], Tensor | None], parameters: Sequence[Tensor], prec
         return tensor
 
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
     with counter:
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=precision.startswith("bf16")),
@@ -119,6 +120,18 @@ def traced(step: Callable[[], Tensor | None], parameters: Sequence[Tensor], prec
         if loss is not None:
             loss.backward()
     return Trace(counter.get_total_flops(), sum(size for _, size in kept.values()))
+
+
+class _Nowhere:
+    """Stands for torch's tracker of modules: that one cannot be about in a penalty on gradients, which R1 is."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Track nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """There was nothing to track."""
 
 
 def materialised(module: nn.Module) -> nn.Module:
