@@ -57,12 +57,8 @@ def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ["fit", f"--config=five/{name}.yaml", *TWO_PROCESSES, "--trainer.strategy=ddp", *OTHERS[name]]
         for name in OTHERS
     ]
-    sharded = [
-        "fit",
-        "--config=five/walt.yaml",
-        *TWO_PROCESSES,
-        "--trainer.strategy=lightning_modules.sharding.Sharded",
-    ]
+    sharding = f"--config={ROOT / 'experiments/_base/trainer/fsdp.yaml'}"
+    sharded = ["fit", "--config=five/walt.yaml", sharding, "--trainer.accelerator=cpu", *TWO_PROCESSES[:2]]
     commands = [
         [*sharded, "--run_root=sharded"],
         [*sharded, "--run_root=again", "--ckpt_path=sharded/walt/version_0/checkpoints/step=4.ckpt"],
