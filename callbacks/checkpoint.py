@@ -72,7 +72,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 hashed = HashedFile(file)
-                torch.save(checkpoint, hashed)
+                torch.save(checkpoint, hashed)  # type: ignore[arg-type] # it writes to whatever has a `write`
                 if hashed.failure is not None:
                     raise hashed.failure
                 file.flush()

@@ -59,7 +59,7 @@ class Levers(Callback):
                 if self.recompute_blocks:
                     recompute(block)
         if self.channels_last:
-            pl_module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            pl_module.to(memory_format=torch.channels_last_3d)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the optimizers step in one kernel; what a checkpoint has brought moves to where that looks for it."""
@@ -86,4 +86,4 @@ def recompute(block: nn.Module) -> None:
             return forward(*inputs, **options)
         return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
-    block.forward = again  # type: ignore[method-assign]
+    block.forward = again

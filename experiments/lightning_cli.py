@@ -641,7 +641,7 @@ class LongtakeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; a fit holds its run's folder."""
         logger = self.trainer.logger
-        if subcommand != "fit" or not isinstance(logger, TensorBoardLogger) or rank_zero_only.rank != 0:
+        if subcommand != "fit" or not isinstance(logger, TensorBoardLogger) or getattr(rank_zero_only, "rank", 0) != 0:
             return super()._run_subcommand(subcommand)
         with claimed(Path(logger.log_dir)):
             super()._run_subcommand(subcommand)

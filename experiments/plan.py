@@ -134,7 +134,7 @@ class _Nowhere:
         """There was nothing to track."""
 
 
-def materialised(module: nn.Module) -> nn.Module:
+def materialised(module: Any) -> Any:
     """A module from the meta device with fake tensors in place of its own."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -289,9 +289,9 @@ class Logits(nn.Module):
 def fake_perceptual(network: str) -> nn.Module:
     """The perceptual network, without a file of weights."""
     with torch.device("meta"):
-        found = LPIPS() if network == "lpips" else Logits(network)
+        found: Any = LPIPS() if network == "lpips" else Logits(network)
     found = materialised(found).requires_grad_(False)
-    found.to = lambda *_: found  # type: ignore[method-assign, assignment] # tensors without values cannot be moved
+    found.to = lambda *_: found  # tensors without values cannot be moved
     return found
 
 

@@ -46,7 +46,8 @@ def shard(module: LightningModule, network: nn.Module, mesh: DeviceMesh, device:
     is_meta = next(network.parameters()).is_meta
     blocks: Any = getattr(network, "blocks", None) or getattr(network, "layers", [])
     for part in (*blocks, network):
-        fully_shard(part, mesh=mesh)
+        # the rest, too, lets go of what it gathered: averages are exchanged for weights after a forward pass
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
     for name in _FORWARD_METHODS:
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)
