@@ -10,20 +10,22 @@ EXP ?=
 CKPT ?=
 TOKENIZER ?=
 RESUME ?=
+STRATEGY ?=
+GPUS ?= 8
 OUT ?=
 SOURCE ?=
 DEST ?=
 ARGS ?=
 
 EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
-CONFIG = --config experiments/$(EXP).yaml $(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
+CONFIG = --config experiments/$(EXP).yaml $(if $(STRATEGY),--config experiments/_base/trainer/$(STRATEGY).yaml )$(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train sample tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test test-faults plan train sample tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= ARGS=\"--any.option=value ...\""
+	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= STRATEGY= GPUS= BUNDLE= ARGS=\"--any.option=value ...\""
 	@echo "Experiments: $(EXPERIMENTS)"
 
 setup: $(STAMP) ## create .venv and install the pinned dependencies into it
@@ -42,21 +44,30 @@ demo: $(STAMP) ## embedded video, tokenizer, MeBT, samples and numbers; CPU, und
 test: $(STAMP) ## run the whole test suite
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+test-faults: $(STAMP) ## kill runs with SIGKILL at random moments, and compare; minutes
+	$(VENV)/bin/python -m pytest -m faults $(ARGS)
+
 _known_experiment:
 	@test -f "experiments/$(EXP).yaml" || \
 		{ echo "There is no experiment '$(EXP)'. EXP= one of: $(EXPERIMENTS)"; exit 1; }
 
-ifdef RESUME
-train: $(STAMP) ## train EXP=... on all devices, or go on with RESUME=runs/<experiment>/version_<n>
+# RESUME=auto|must|never looks for a run of EXP; anything else names one
+ifneq ($(filter-out auto must never,$(RESUME)),)
+train: $(STAMP) ## train EXP=... on all devices; RESUME=auto|must|never, or go on with RESUME=runs/<experiment>/version_<n>
 	$(LONGTAKE) fit --resume $(RESUME) $(ARGS)
 else
 train: $(STAMP) _known_experiment
-	$(LONGTAKE) fit $(CONFIG) $(ARGS)
+	$(LONGTAKE) fit $(CONFIG) $(if $(RESUME),--resume $(RESUME) )$(ARGS)
 endif
 
+ifdef BUNDLE
+sample: $(STAMP)
+	$(LONGTAKE) sample --bundle $(BUNDLE) $(ARGS)
+else
 sample: $(STAMP) _known_experiment ## videos from EXP=... CKPT=...: mp4s, a contact sheet, samples.json
 	@test -f "$(CKPT)" || { echo "CKPT='$(CKPT)' is no file. CKPT= a checkpoint, e.g. runs/$(EXP)/version_0/checkpoints/last.ckpt"; exit 1; }
 	$(LONGTAKE) sample $(CONFIG) --ckpt_path $(CKPT) $(ARGS)
+endif
 
 tokenize: $(STAMP) _known_experiment ## codes of all clips of EXP=..., computed once; OUT= the folder
 	@test -n "$(OUT)" || { echo "OUT= the folder to write to, such as data/codes/$(EXP)"; exit 1; }
@@ -66,12 +77,15 @@ cache-frames: $(STAMP) _known_experiment ## videos of EXP=... decoded once, at t
 	@test -n "$(OUT)" || { echo "OUT= the folder to write to, such as data/frames/$(EXP)"; exit 1; }
 	$(LONGTAKE) cache-frames --config experiments/$(EXP).yaml --out $(OUT) $(ARGS)
 
-import-weights: $(STAMP) ## a tokenizer released by TATS, SOURCE= its file, as the bundle DEST=weights/<name>
+import-weights: $(STAMP) ## a model released by TATS or MeBT, SOURCE= its file, as the bundle DEST=weights/<name>
 	@test -f "$(SOURCE)" || { echo "SOURCE='$(SOURCE)' is no file. SOURCE= a checkpoint of the official code"; exit 1; }
 	@test -n "$(DEST)" || { echo "DEST= the folder to make, such as weights/vqgan3d_ucf101"; exit 1; }
 	$(LONGTAKE) import-weights $(SOURCE) $(DEST) $(ARGS)
 
-export: $(STAMP) ## turn the tokenizer checkpoint CKPT=... into the bundle OUT=weights/<name>
+plan: $(STAMP) _known_experiment ## what EXP=... needs on GPUS=8: parameters, FLOPs, memory, hours, disk
+	$(LONGTAKE) plan --config experiments/$(EXP).yaml --gpus $(GPUS) $(ARGS)
+
+export: $(STAMP) ## turn the checkpoint CKPT=... of a tokenizer or a generator into the bundle OUT=weights/<name>
 	$(LONGTAKE) export $(CKPT) $(OUT)
 
 doctor: $(STAMP) ## what is wrong with a data set: ARGS="--data UCF101DataModule --data.root=..."

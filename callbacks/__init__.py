@@ -5,6 +5,7 @@ from callbacks.curriculum import ShortToLongCurriculum
 from callbacks.ema import EMA
 from callbacks.fvd import FVDEvaluation
 from callbacks.health import TokenizerHealth
+from callbacks.levers import Levers
 from callbacks.samples import SampleLogger
 from callbacks.throughput import Throughput
 
@@ -12,6 +13,7 @@ __all__ = [
     "EMA",
     "Checkpoint",
     "FVDEvaluation",
+    "Levers",
     "SampleLogger",
     "ShortToLongCurriculum",
     "Throughput",

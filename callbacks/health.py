@@ -1,7 +1,9 @@
-"""Watches over the training of a tokenizer: tells early that something goes wrong, and acts if asked to."""
+"""Watches over a training: tells early what goes wrong with a tokenizer, and skips bad steps of any module."""
 
+import json
 import logging
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +24,8 @@ _CODES_PER_ENTRY = 10
 _WON_ACCURACY, _WON_MARGIN = 0.95, 2.0
 # Gradients have exploded at this multiple of what they were (their running geometric mean).
 _EXPLODED = 100.0
+# How slowly the running mean and variance of the loss move, and how many steps they need before they can judge.
+_LOSS_DECAY, _LOSSES_TO_JUDGE = 0.98, 20
 # Stream of random numbers, apart from the modules' own within a step.
 _REVIVE_STREAM = 101
 
@@ -37,13 +41,17 @@ class TokenizerHealth(Callback):
     ranks since the last look, and now and then `train/dead_codes`, entries that none of ten codes an entry took.
 
     It knows a module by what it logs and offers: `tokenizer.quantizer`, `step_gate`, `discriminator_start_step`,
-    `discriminator_lr_factor`. Others are left alone.
+    `discriminator_lr_factor`. In others it looks at nothing, but skips bad steps if asked to: their gradients are
+    dropped, so that neither weights nor the optimizer's moments move, and the step counts as one.
+
+    What was skipped is written to `bad_steps.jsonl` in the run's folder: the step, why, and the indices of its clips.
 
     Args:
         every_n_steps: optimizer steps between looks; each reads a few numbers from the device. 0 does not look.
         patience: looks in a row that a trend needs.
-        on_bad_step: `warn`, or `skip` a step whose gradients are not finite, as if its batches had not been; this reads
-            the norms at each step.
+        on_bad_step: `warn`, or `skip` a step whose loss or gradients are not finite, as if its batches had not been;
+            this reads their norms at each step.
+        spike: skip a step, too, whose loss lies so many standard deviations above its running mean; 0 skips none.
         max_bad_steps: after so many skipped steps in a row the run stops with an error.
         on_winning_discriminator: `warn`, `delay` all discriminators by `delay_steps`, or `damp` them: halve their
             learning rate.
@@ -59,6 +67,7 @@ class TokenizerHealth(Callback):
         every_n_steps: int = 10,
         patience: int = 2,
         on_bad_step: Literal["warn", "skip"] = "warn",
+        spike: float = 0.0,
         max_bad_steps: int = 10,
         on_winning_discriminator: Literal["warn", "delay", "damp"] = "warn",
         delay_steps: int = 1000,
@@ -72,9 +81,15 @@ class TokenizerHealth(Callback):
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least} (--health.{name}).")
+        if spike < 0 or (spike > 0 and on_bad_step == "warn"):
+            raise ValueError(
+                f"spike={spike} must be 0 or positive, and it skips steps: give --health.on_bad_step=skip with it "
+                "(--health.spike)."
+            )
         self.every_n_steps = every_n_steps
         self.patience = patience
         self.on_bad_step = on_bad_step
+        self.spike = spike
         self.max_bad_steps = max_bad_steps
         self.on_winning_discriminator = on_winning_discriminator
         self.delay_steps = delay_steps
@@ -88,7 +103,12 @@ class TokenizerHealth(Callback):
         self._lifetime: Tensor | None = None  # [K], all ranks' codes since dead ones were last told
         self._starts_at: int | None = None  # discriminator_start_step after a delay
         self._lr_factor = 1.0
+        self._losses_seen, self._loss_mean, self._loss_variance = 0, 0.0, 0.0
         # of this process
+        self._gates_gradients = False  # of a module without a gate of its own
+        self._step_losses: list[Tensor] = []
+        self._step_clips: list[Tensor] = []
+        self._trainer: Trainer | None = None
         self._last_step = 0
         self._bad_steps = 0
         self._skipped = False
@@ -102,9 +122,13 @@ class TokenizerHealth(Callback):
         """Attach to the module.
 
         Raises:
-            ValueError: if the codebook is to be revived and there is none.
+            ValueError: if the codebook is to be revived and there is none, or float16 is to skip steps.
         """
+        self._trainer = trainer
         self._active = self.every_n_steps > 0 and hasattr(pl_module, "step_gate")
+        self._gates_gradients = self.on_bad_step == "skip" and not hasattr(pl_module, "step_gate")
+        if self._gates_gradients and trainer.precision == "16-mixed":
+            raise ValueError("16-mixed skips steps by itself: leave --health.on_bad_step=warn, or use bf16-mixed.")
         if not self._active:
             return
         module: Any = pl_module  # an interface, not a class
@@ -132,6 +156,12 @@ class TokenizerHealth(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the videos; keep what a bad step would spoil."""
+        if self.on_bad_step == "skip":
+            if self._begins_step:
+                self._step_clips, self._step_losses = [], []
+            self._step_clips.append(batch["index"])
+        if self._gates_gradients:
+            self._begins_step = False
         if not self._active:
             return
         if trainer.global_step % self.every_n_steps == 0:
@@ -146,16 +176,18 @@ class TokenizerHealth(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Undo a skipped step, or look at the numbers of one."""
-        if not self._active:
-            return
         if self._skipped:
             self._skipped, self._begins_step = False, True
-            pl_module.load_state_dict(self._buffers, strict=False)
+            if self._active:
+                pl_module.load_state_dict(self._buffers, strict=False)
             if self._bad_steps >= self.max_bad_steps:
                 raise RuntimeError(
-                    f"{self._bad_steps} steps in a row had gradients that are not finite (--health.max_bad_steps). The "
-                    "weights are those before them."
+                    f"{self._bad_steps} steps in a row had gradients that are not finite, or a loss that was not, or "
+                    "rose at once (--health.max_bad_steps). The weights are those before them; bad_steps.jsonl in the "
+                    "run's folder names the clips."
                 )
+            return
+        if not self._active:
             return
         step = trainer.global_step
         if step == self._last_step:
@@ -287,22 +319,66 @@ class TokenizerHealth(Callback):
             self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
             self._vectors = inputs[0].detach()
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Remember the losses of the step."""
+        if self.on_bad_step == "skip":
+            self._step_losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Drop the gradients of a bad step: an optimizer leaves alone what has none."""
+        if not self._gates_gradients:
+            return
+        self._begins_step = True
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        if hasattr(norm, "full_tensor"):  # of all shards
+            norm = norm.full_tensor()
+        if not self._is_sound({"grad_norm": norm}):
+            optimizer.zero_grad(set_to_none=True)
+
     def _is_sound(self, norms: dict[str, Tensor]) -> bool:
-        """Whether a step may be taken; gradients, and so norms, are the same on all ranks."""
-        bad = [name for name, norm in norms.items() if not math.isfinite(norm.item())]
-        self._skipped = bool(bad)
-        self._bad_steps = self._bad_steps + 1 if bad else 0
+        """Whether a step may be taken, the same answer on all ranks: as gradients are, and so their norms."""
+        loss = (sum_over_ranks(torch.stack(self._step_losses).float().sum()) / world_size()).item()
+        numbers = {"loss": loss} | {name: norm.item() for name, norm in norms.items()}
+        reasons = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        limit = self._loss_mean + self.spike * math.sqrt(self._loss_variance)
+        if not reasons and self.spike and self._losses_seen >= _LOSSES_TO_JUDGE and loss > limit:
+            reasons = [f"loss is {loss:.4g}, and was {self._loss_mean:.4g} +- {math.sqrt(self._loss_variance):.2g}"]
+        self._skipped = bool(reasons)
+        self._bad_steps = self._bad_steps + 1 if reasons else 0
+        if reasons:
+            self._write_down(reasons)
+        else:
+            # exact means at first, then moving ones
+            share = max(1 - _LOSS_DECAY, 1 / (1 + self._losses_seen))
+            change = loss - self._loss_mean
+            self._loss_mean += share * change
+            self._loss_variance = (1 - share) * (self._loss_variance + share * change**2)
+            self._losses_seen += 1
+        return not reasons
+
+    def _write_down(self, reasons: list[str]) -> None:
+        assert self._trainer is not None
+        step, folder = self._trainer.global_step, self._trainer.log_dir if self._trainer.loggers else None
         if self._bad_steps == 1:
-            logger.warning("A step is skipped: not finite: %s.", ", ".join(bad))
-        return not bad
+            logger.warning("Step %d is skipped: not finite, or a spike: %s.", step, ", ".join(reasons))
+        if folder is not None:
+            clips = [index for indices in self._step_clips for index in indices.tolist()]
+            entry = {"step": step, "rank": rank(), "reasons": reasons, "clips": clips}
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with (Path(folder) / "bad_steps.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     # Resuming
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, and what was done about it."""
+        losses = {"losses": [self._losses_seen, self._loss_mean, self._loss_variance]} if self.spike else {}
         if not self._active:
-            return {}
-        return {
+            return losses
+        return losses | {
             "streaks": dict(self._streaks),
             "log_norm": self._log_norm,
             "counts": self._counts,
@@ -313,6 +389,10 @@ class TokenizerHealth(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""
+        if "losses" in state_dict:
+            self._losses_seen, self._loss_mean, self._loss_variance = state_dict["losses"]
+        if "streaks" not in state_dict:
+            return
         self._streaks = dict(state_dict["streaks"])
         self._log_norm = state_dict["log_norm"]
         self._counts = state_dict["counts"]

@@ -52,10 +52,17 @@ def _doctor(args: Sequence[str]) -> None:
     main(args)
 
 
+def _plan(args: Sequence[str]) -> None:
+    from experiments.plan import main
+
+    main(args)
+
+
 SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "export": ("turn a tokenizer's checkpoint into a bundle: safetensors and JSON", _export),
     "cache-frames": ("decode the videos of a data set once, at training size", _cache_frames),
     "doctor": ("what a data set holds, what of it can be used, what is wrong with it", _doctor),
+    "plan": ("what an experiment costs: parameters, FLOPs, memory, hours, disk", _plan),
     "import-weights": ("turn what TATS or MeBT has released into bundles", _import_weights),
     "cascade": ("videos from a base model and its super-resolution stages (W.A.L.T)", _cascade),
     "demo": ("embedded video, tokenizer, prior, samples and numbers, on a CPU", _demo),

@@ -7,13 +7,20 @@ What this adds to LightningCLI:
   callbacks.
 - A value given for a key that is linked to another, or a model argument that differs from the checkpoint being resumed,
   is refused. LightningCLI drops the first and lets the checkpoint win over the second, both without a word.
-- `--resume RUN` goes on with a run: its configuration, its newest checkpoint, its folder and curves.
+- `--resume RUN` goes on with a run: its configuration, its newest checkpoint, its folder and curves. `--resume auto`
+  finds it by the experiment's name and begins one if there is none, `must` insists that there is one.
+- A run's folder belongs to one run at a time, and SIGTERM ends a run with a checkpoint.
 """
 
+import contextlib
+import copy
+import fcntl
 import json
 import logging
+import os
+import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,19 +31,32 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
 import lightning_modules  # noqa: F401
-from callbacks import EMA, Checkpoint, FVDEvaluation, SampleLogger, ShortToLongCurriculum, Throughput, TokenizerHealth
+from callbacks import (
+    EMA,
+    Checkpoint,
+    FVDEvaluation,
+    Levers,
+    SampleLogger,
+    ShortToLongCurriculum,
+    Throughput,
+    TokenizerHealth,
+)
+from callbacks.randomness import StepSeed
 from callbacks.sample_writer import SampleWriter
 from datamodules.mixed import MixedDataModule
 from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
 from lightning_modules.generator import VideoGenerator
-from models.weights import read_checkpoint
+from models.weights import check_whole, load_state, read_checkpoint
 
 # A value is written once: the source decides the target, for every class that has such an argument.
 LINKS = (
@@ -134,7 +154,7 @@ class LongtakeTrainer(Trainer):
         Args:
             model: The generator.
             datamodule: Where the clips come from, for a task that gives pixels: its validation clips, in their order.
-            ckpt_path: Checkpoint of the generator.
+            ckpt_path: Checkpoint of the generator, or its bundle; `--bundle` gives that and its experiment.
             num_samples: Number of videos.
             num_frames: Pixel frames of each; null takes the longest that the model was built for.
             task: What to generate, for a model with tasks; null takes its first.
@@ -170,6 +190,10 @@ class LongtakeTrainer(Trainer):
             clips = datamodule.datasets["val"]
         checkpoint = Path(ckpt_path)
         folder = Path(out) if out else checkpoint.parent.parent / f"samples-{checkpoint.stem}"
+        is_bundle = checkpoint.is_dir()
+        if is_bundle:
+            folder = Path(out) if out else checkpoint.with_name(f"samples-{checkpoint.name}")
+            load_state(model, load_file(checkpoint / "model.safetensors"), checkpoint)
         about = {
             "checkpoint": str(checkpoint),
             "num_frames": frames,
@@ -184,7 +208,7 @@ class LongtakeTrainer(Trainer):
             model,
             datamodule=Seeds(seeds, batch_size, frames, task, label, text, clips),
             return_predictions=False,
-            ckpt_path=checkpoint,
+            ckpt_path=None if is_bundle else checkpoint,
             weights_only=True,
         )
         rank_zero_info(f"{num_samples} videos of {frames} frames: {folder}")
@@ -296,24 +320,52 @@ def option_values(args: Sequence[str], name: str) -> list[tuple[int, int, str]]:
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The run's newest checkpoint that is whole: a run that was killed while it wrote one may leave a part of it."""
+    """The run's newest checkpoint that is whole; damaged ones are named, and left where they are.
+
+    Raises:
+        ValueError: If there are checkpoints, and all are damaged: whoever wants to begin again says so.
+    """
     files = {path.resolve() for path in run_folder.glob("checkpoints/*.ckpt") if path.exists()}
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
+            check_whole(path)
             read_checkpoint(path)
         except ValueError as error:
             rank_zero_warn(f"Left out: {error}")
         else:
             return path
+    if files:
+        raise ValueError(
+            f"None of the {len(files)} checkpoints of {run_folder} is whole. They are left as they are; --resume never "
+            "begins a new run."
+        )
     return None
 
 
 def resumed(args: list[str]) -> list[str]:
-    """Replace `--resume RUN` by the run's configuration, its newest checkpoint and its folder."""
+    """Replace `--resume RUN` by the run's configuration, its newest checkpoint and its folder.
+
+    `--resume auto` and `must` take the newest run of the experiment that has a checkpoint. The experiment is given as
+    for a new run, and it counts: what differs in the model from the checkpoint is refused later.
+    """
     for position, words, value in option_values(args, "resume"):
-        run_folder = Path(value)
-        if len(run_folder.parts) < 3:  # named from within runs/ or deeper: its parents say what it is called
-            run_folder = run_folder.resolve()
+        rest = args[:position] + args[position + words :]
+        if value in ("auto", "must", "never"):
+            run_folder = None if value == "never" else newest_run(*run_place(rest))
+            if run_folder is None and value == "must":
+                root, name = run_place(rest)
+                raise FileNotFoundError(
+                    f"--resume must: no run of {name} in {root} has a checkpoint. --resume auto would begin one."
+                )
+            if run_folder is None:
+                rank_zero_info("A new run begins.")
+                return resumed(rest)
+            config = []
+        else:
+            run_folder = Path(value)
+            if len(run_folder.parts) < 3:  # named from within runs/ or deeper: its parents say what it is called
+                run_folder = run_folder.resolve()
+            config = [f"--config={run_folder / 'config.yaml'}"]
         newest = newest_checkpoint(run_folder)
         if not (run_folder / "config.yaml").is_file() or newest is None:
             raise FileNotFoundError(
@@ -321,7 +373,7 @@ def resumed(args: list[str]) -> list[str]:
                 f"(--resume runs/<experiment>/version_<n>)."
             )
         args[position : position + words] = [
-            f"--config={run_folder / 'config.yaml'}",
+            *config,
             f"--ckpt_path={newest}",
             f"--run_root={run_folder.parent.parent}",
             f"--run_name={run_folder.parent.name}",
@@ -330,6 +382,85 @@ def resumed(args: list[str]) -> list[str]:
         rank_zero_info(f"Resuming {run_folder} from {newest.name}.")
         return resumed(args)
     return args
+
+
+def bundled(args: list[str]) -> list[str]:
+    """Replace `--bundle FOLDER` by its experiment, its tokenizer and its weights.
+
+    Raises:
+        FileNotFoundError: If the folder is no generator's bundle.
+    """
+    for position, words, value in option_values(args, "bundle"):
+        folder = Path(value)
+        if not (folder / "experiment.yaml").is_file():
+            raise FileNotFoundError(
+                f"{folder} is no bundle of a generator: it holds no experiment.yaml (`longtake export` makes bundles)."
+            )
+        return [
+            *args[:position],
+            f"--config={folder / 'experiment.yaml'}",
+            f"--model.tokenizer={folder / 'tokenizer'}",
+            f"--ckpt_path={folder}",
+            *args[position + words :],
+        ]
+    return args
+
+
+def run_place(args: Sequence[str]) -> tuple[Path, str]:
+    """Folder of all runs and name of this one, as the arguments and the experiment's files say.
+
+    Raises:
+        ValueError: If nothing says what the run is called.
+    """
+    chains = [expanded_configs(Path(value)) for _, _, value in option_values(args, "config")]
+    files = [file for chain in chains for file in chain]
+    place: dict[str, str] = {"run_root": "runs"} | ({"run_name": chains[0][-1].stem} if chains else {})
+    for name in ("run_root", "run_name"):
+        said = [(yaml.safe_load(file.read_text()) or {}).get(name) for file in files]
+        said += [value for _, _, value in option_values(args, name)]
+        if known := [value for value in said if value is not None]:
+            place[name] = known[-1]
+    if "run_name" not in place:
+        raise ValueError("--resume auto looks for a run by its experiment: give --config experiments/<name>.yaml.")
+    return Path(place["run_root"]), place["run_name"]
+
+
+def newest_run(root: Path, name: str) -> Path | None:
+    """The run of this name that wrote a checkpoint last, whole or not."""
+    files = (root / name).glob("*/checkpoints/*.ckpt")
+    newest = max((path for path in files if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
+    return newest.parent.parent if newest else None
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        OSError: If it cannot be written to.
+        ValueError: If another run is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise OSError(
+            f"Nothing can be written to {folder} ({error.strerror}). Give another folder (--run_root), or make it "
+            "writable. Nothing was changed."
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}: two runs in one folder would "
+                "spoil each other. Wait for it to end, or begin another run (--resume never)."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def refuse_linked_values(args: Sequence[str], files: Sequence[Path]) -> None:
@@ -347,8 +478,8 @@ def refuse_linked_values(args: Sequence[str], files: Sequence[Path]) -> None:
 
 
 def prepared(args: Sequence[str]) -> list[str]:
-    """Expand `--resume` and `base:`, refuse linked values, and name the run after its first experiment file."""
-    args = resumed(["--config" if word == "-c" else word for word in args])
+    """Expand `--resume`, `--bundle` and `base:`, refuse linked values, name the run after its first experiment file."""
+    args = bundled(resumed(["--config" if word == "-c" else word for word in args]))
     out: list[str] = []
     files: list[Path] = []
     positions = {i: (words, value) for i, words, value in option_values(args, "config")}
@@ -380,6 +511,7 @@ class SaveConfig(SaveConfigCallback):
         for key in ("base", "run_version", "ckpt_path", "weights_only"):
             config.pop(key, None)
         super().__init__(parser, config, **options)
+        self._dumped: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save it, if there is a run to save it beside: without a logger, it would lie in the working directory."""
@@ -391,7 +523,9 @@ class SaveConfig(SaveConfigCallback):
 
         Its batch has been handed out and counted: a resumed run would leave it out, and validate a step early.
         """
-        checkpoint["config"] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        if self._dumped is None:  # it takes a third of a second
+            self._dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        checkpoint["config"] = copy.deepcopy(self._dumped)
         loop = checkpoint["loops"]["fit_loop"]
         batches = loop["epoch_loop.batch_progress"]
         unfinished = batches["current"]["ready"] - batches["current"]["processed"]
@@ -410,6 +544,17 @@ class LongtakeParser(LightningArgumentParser):
 
 class LongtakeCLI(LightningCLI):
     """The command line: any LightningModule, any data module, and the sections that every run has."""
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Add the one that is asked for: each has a parser of its own, which takes a quarter of a second to make."""
+        known = self.subcommands()
+        asked = self._asked if self._asked in known else None
+        self.subcommands = lambda: {asked: known[asked]} if asked else known  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._asked = next(iter(options["args"]), None)
+        super().__init__(*args, **options)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args`. LightningCLI would warn that they came besides the process's own, from which they are made."""
@@ -430,6 +575,7 @@ class LongtakeCLI(LightningCLI):
         parser.add_lightning_class_args(ShortToLongCurriculum, "curriculum")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(TokenizerHealth, "health")
+        parser.add_lightning_class_args(Levers, "levers")
         parser.add_lightning_class_args(SampleLogger, "samples")
         parser.add_lightning_class_args(FVDEvaluation, "fvd")
         parser.add_lightning_class_args(Throughput, "throughput")
@@ -455,11 +601,15 @@ class LongtakeCLI(LightningCLI):
             if command in ("validate", "sample"):
                 raise ValueError(f"`longtake {command}` needs trained weights: --ckpt_path CHECKPOINT.")
             return
-        if not Path(path).is_file():
+        if command == "sample" and (Path(path) / "config.json").is_file():
+            bundled = json.loads((Path(path) / "config.json").read_text())
+            saved = {"_class_path": bundled["class_path"], **bundled["init_args"]}
+        elif Path(path).is_file():
+            saved = read_checkpoint(Path(path)).get("hyper_parameters", {})
+        else:
             raise FileNotFoundError(
                 f"No checkpoint at {path} (--ckpt_path takes a file; --resume RUN finds the newest one of a run)."
             )
-        saved = read_checkpoint(Path(path)).get("hyper_parameters", {})
         saved = json.loads(json.dumps(saved))  # tuples become lists, as in the dumped configuration
         dumped = self._parser(command).dump(config, skip_none=False, skip_link_targets=False, format="json")
         given = json.loads(dumped)["model"]
@@ -501,7 +651,28 @@ class LongtakeCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         for section in unused:
             trainer.callbacks.remove(self._get(self.config_init, section))  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, StepSeed())  # type: ignore[attr-defined]
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
+            # Lightning would write into the working directory, and take from there whatever another run has left;
+            # ours come from `Checkpoint` and `--resume auto`
+            environment.auto_requeue = False
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; a fit holds its run's folder."""
+        logger = self.trainer.logger
+        if subcommand != "fit" or not isinstance(logger, TensorBoardLogger) or getattr(rank_zero_only, "rank", 0) != 0:
+            return super()._run_subcommand(subcommand)
+        with claimed(Path(logger.log_dir)):
+            super()._run_subcommand(subcommand)
+
+    def instantiate_classes(self) -> None:
+        """Build all; a model that is to be sharded without its weights, which may not fit into one process."""
+        strategy = self.config[self.config.subcommand].trainer.strategy
+        is_sharded = getattr(strategy, "class_path", "").endswith("sharding.Sharded")
+        with torch.device("meta") if is_sharded else contextlib.nullcontext():
+            super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
         """Load the frozen tokenizer before any data, and hand the curriculum to the data module."""
@@ -529,28 +700,67 @@ class LongtakeCLI(LightningCLI):
         self.datamodule.set_curriculum(curriculum.frames_at, margin, self.model.downsample[0])
 
 
+class ParsedOnly(LongtakeCLI):
+    """Reads a command line and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def after_instantiate_classes(self) -> None:
+        """There is nothing to load."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+    def _set_seed(self) -> None:
+        """Draw nothing."""
+
+
+def parsed(args: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration of a command line, linked values included, as plain types."""
+    cli = command_line(ParsedOnly, args)
+    config = cli.config[args[0]]
+    dumped = cli._parser(args[0]).dump(config, skip_none=False, skip_link_targets=False, format="json")
+    return json.loads(dumped)
+
+
 def is_no_advertisement(record: logging.LogRecord) -> bool:
     """Whether a line of Lightning's is about the run."""
     return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+
+@contextlib.contextmanager
+def exit_status_of_sigterm() -> Iterator[None]:
+    """End with 143, as a shell counts SIGTERM: Lightning's exception would end the process as if all were done."""
+    try:
+        yield
+    except SIGTERMException as error:
+        rank_zero_info("SIGTERM: stopped with a checkpoint. --resume auto goes on.")
+        raise SystemExit(143) from error
 
 
 def run(args: Sequence[str]) -> LongtakeCLI:
     """Parse the command line, run its command, and return what was run."""
     # Lightning advertises its company's packages with every run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_advertisement)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), exit_status_of_sigterm():
         for message in NOT_FOR_US:
             warnings.filterwarnings("ignore", message)
-        return LongtakeCLI(
-            LightningModule,
-            VideoDataModule,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_class=LongtakeTrainer,
-            parser_class=LongtakeParser,
-            seed_everything_default=42,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            args=prepared(args),
-        )
+        return command_line(LongtakeCLI, args)
+
+
+def command_line(kind: type[LongtakeCLI], args: Sequence[str]) -> LongtakeCLI:
+    """Make what reads a command line."""
+    return kind(
+        LightningModule,
+        VideoDataModule,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_class=LongtakeTrainer,
+        parser_class=LongtakeParser,
+        seed_everything_default=42,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        args=prepared(args),
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_modules.sharding import shard
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
 from models.tokenizers import VQGAN3D
@@ -74,6 +75,8 @@ class VideoGenerator(LightningModule):
         causal: bool | None = None,
     ) -> None:
         super().__init__()
+        if torch.get_default_device().type == "meta":  # to be filled later as it would be filled now
+            self.__dict__["rng_state_of_init"] = torch.get_rng_state()
         if causal is None:
             causal = num_frames % downsample[0] == 1
         if causal and (num_frames < 1 or (num_frames - 1) % downsample[0]):
@@ -161,8 +164,9 @@ class VideoGenerator(LightningModule):
         return self.tokenizer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the tokenizer by its hash."""
+        """Name the tokenizer by its hash, and the class, which hyper-parameters of the command line alone name."""
         checkpoint["tokenizer_digest"] = self.tokenizer_digest
+        checkpoint["class_path"] = f"lightning_modules.{type(self).__name__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with another tokenizer than the one that the weights were trained on."""
@@ -229,6 +233,11 @@ class VideoGenerator(LightningModule):
         return keyed_generator(self.seed, self.global_step, stream, *keys, device=device)
 
     # Training
+
+    def configure_model(self) -> None:
+        """Shard the network, once, if the strategy is `Sharded`."""
+        if self.device_mesh is not None and not hasattr(self.network, "unshard"):
+            shard(self, self.network, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Two groups: Linear weights decay, everything else does not."""

@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from models.tokenizers import VQGAN3D
 logger = logging.getLogger(__name__)
 
 BUNDLE_VERSION = 1
+MANIFEST = "manifest.json"  # beside checkpoints: size, hash and step of each
 
 # TATS' tokenizer: what only its training needs, and the version of how the rest is mapped.
 _TATS_TRAINING_ONLY = ("image_discriminator.", "video_discriminator.", "perceptual_model.")
@@ -151,6 +153,42 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:
         raise ValueError(f"{path} is damaged, or no checkpoint ({str(error).partition('. ')[0]})") from error
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest of a folder of checkpoints says: file name to `bytes`, `sha256`, `step`, `written`."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_whole(path: Path) -> None:
+    """Compare a checkpoint with its entry in the manifest, or, where there is none, with its own checksums.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at {path}.")
+    entry = read_manifest(path.parent).get(path.name)
+    if entry is None:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is damaged, or no checkpoint ({error}).") from error
+        if bad is not None:
+            raise ValueError(f"{path} is damaged: {bad} in it has another checksum than it says.")
+        return
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ValueError(f"{path} is damaged: it has {size:,} bytes, of {entry['bytes']:,} that were written.")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise ValueError(f"{path} is damaged: its bytes are not those that were written.")
 
 
 class Foreign:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,3 +97,33 @@ def report(name: str, measurements: Sequence[Measurement], folder: Path, quick: 
         "measurements": [asdict(row) | {"met": row.is_met} for row in measurements],
     }
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def stored(folder: Path, name: str, quick: bool) -> dict[str, float]:
+    """Numbers of an earlier run of a script, by what was measured; empty where it had none.
+
+    Raises:
+        ValueError: If that run had other sizes, or another machine.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text())
+    about = machine()
+    other = [key for key in ("cpu", "cores", "gpu") if content["machine"][key] != about[key]]
+    if content["quick"] != quick or other:
+        what = "other sizes (--quick)" if content["quick"] != quick else f"another machine ({', '.join(other)})"
+        raise ValueError(f"{path} was measured with {what}: its numbers do not compare (--compare).")
+    return {row["name"]: row["value"] for row in content["measurements"]}
+
+
+def summary(measured: Mapping[str, Sequence[Measurement]], before: Mapping[str, Mapping[str, float]]) -> None:
+    """Print one table of all scripts, and how each number has changed where there is an earlier one."""
+    table = Table("script", "measured", "value", "unit", "met", "before", "change", title="all")
+    for name, rows in measured.items():
+        for row in rows:
+            old = before.get(name, {}).get(row.name)
+            met = {True: "yes", False: "NO", None: ""}[row.is_met]
+            change = f"{row.value / old - 1:+.0%}" if old else ""
+            table.add_row(name, row.name, f"{row.value:,.3g}", row.unit, met, f"{old:,.3g}" if old else "", change)
+    Console(width=140).print(table)

@@ -133,7 +133,7 @@ def test_a_bad_step_can_be_skipped_as_if_it_had_not_been(warnings: pytest.LogCap
     assert all(torch.isfinite(value.float()).all() for value in recorder.states[-1].values())
     assert recorder.states[1]["tokenizer.quantizer.initialized"]  # from the first batch that was sound
     assert not recorder.states[0]["tokenizer.quantizer.initialized"]
-    assert "A step is skipped: not finite: grad_norm_disc, grad_norm." in messages(warnings)[-1]
+    assert "Step 1 is skipped: not finite, or a spike: loss is nan, grad_norm_disc is nan" in messages(warnings)[-1]
 
 
 def test_accumulated_batches_are_skipped_together() -> None:
@@ -145,7 +145,7 @@ def test_accumulated_batches_are_skipped_together() -> None:
 
 def test_too_many_bad_steps_stop_the_run() -> None:
     tokenizer = module()
-    with pytest.raises(RuntimeError, match=r"3 steps in a row had gradients that are not finite \(--health.max_bad_st"):
+    with pytest.raises(RuntimeError, match=r"3 steps in a row had gradients .*\(--health.max_bad_steps\)"):
         fit(tokenizer, with_nan(1, 3, 4, 5), on_bad_step="skip", max_bad_steps=3)
     assert all(torch.isfinite(value.float()).all() for value in tokenizer.state_dict().values())
 

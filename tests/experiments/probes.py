@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 FAIL_AT = "LONGTAKE_TEST_FAIL_AT_STEP"
+SIGTERM_AT = "LONGTAKE_TEST_SIGTERM"
 
 
 class Ledger(Callback):
     """Writes each training batch to `ledger.<rank>.jsonl` in the run's folder, and the last state to `end.<rank>.pt`.
 
-    Fails inside the step that the environment variable names, after its batch was handed out.
+    Fails inside the step that an environment variable names, after its batch was handed out; another one names the
+    training step or validation batch, as `train 3`, in which this process sends SIGTERM to itself.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -27,6 +30,14 @@ class Ledger(Callback):
         entry = [trainer.global_step, batch["index"].tolist(), batch.get("window_start"), batch.get("window_frames")]
         with (self.folder / f"ledger.{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        if os.environ.get(SIGTERM_AT) == f"train {trainer.global_step}":
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if os.environ.get(SIGTERM_AT) == f"val {batch_idx}":
+            signal.raise_signal(signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         end = {"state": pl_module.state_dict(), "metrics": dict(trainer.callback_metrics)}

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
 from experiments.benchmarks import data
-from experiments.benchmarks.report import Measurement, report, seconds_of
+from experiments.benchmarks.report import Measurement, report, seconds_of, stored, summary
 
 
 def test_a_report_names_the_machine_and_says_which_targets_are_met(
@@ -55,3 +55,14 @@ def test_the_data_path_can_be_measured() -> None:
     assert len(rows) == 7
     assert all(row.value > 0 for row in rows.values())
     assert rows["cached codes: batches/s / tokenizing online"].value > 1
+
+
+def test_a_run_is_compared_with_an_earlier_one_of_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report("toy", [Measurement("speed", 8.0, "clips/s")], tmp_path, quick=True)
+    before = {"toy": stored(tmp_path, "toy", quick=True)}
+    capsys.readouterr()
+    summary({"toy": [Measurement("speed", 10.0, "clips/s"), Measurement("new", 1.0, "x")]}, before)
+    assert "+25%" in capsys.readouterr().out
+    assert stored(tmp_path, "other", quick=True) == {}
+    with pytest.raises(ValueError, match=r"toy\.json was measured with other sizes \(--quick\)"):
+        stored(tmp_path, "toy", quick=False)

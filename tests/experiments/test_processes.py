@@ -13,15 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from five_experiments import differences, write_five_experiments
 from probes import read_ledger
 from tiny_experiments import read_video, write_tiny_experiments
 
 from experiments.cli import ROOT, main
 from experiments.lightning_cli import run
+from lightning_modules.load import load_generator
 
 HERE = Path(__file__).parent
 TIME_LIMIT = 300  # seconds; on two idle cores it takes a tenth
 TWO_PROCESSES = ["--trainer.devices=2", "--data.batch_size=1", "--trainer.strategy=ddp_find_unused_parameters_true"]
+
+# Beside the tokenizer and MeBT; without dropout, whose masks each process draws for itself.
+OTHERS = {"tats": [], "commit": ["--model.dropout=0"], "walt": []}
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +52,17 @@ def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A folder in which two processes have kept codes, trained the tokenizer and the prior, and sampled from it."""
     folder = tmp_path_factory.mktemp("two_processes")
     write_tiny_experiments(folder, world / "tokenizer")
+    write_five_experiments(folder / "five")
+    others = [
+        ["fit", f"--config=five/{name}.yaml", *TWO_PROCESSES, "--trainer.strategy=ddp", *OTHERS[name]]
+        for name in OTHERS
+    ]
+    sharding = f"--config={ROOT / 'experiments/_base/trainer/fsdp.yaml'}"
+    sharded = ["fit", "--config=five/walt.yaml", sharding, "--trainer.accelerator=cpu", *TWO_PROCESSES[:2]]
     commands = [
+        [*sharded, "--run_root=sharded"],
+        [*sharded, "--run_root=again", "--ckpt_path=sharded/walt/version_0/checkpoints/step=4.ckpt"],
+        *others,
         ["tokenize", "--config=mebt.yaml", *TWO_PROCESSES, "--out=codes", "--shard_items=3"],
         ["fit", "--config=tokenizer.yaml", *TWO_PROCESSES, "--trainer.max_steps=2"],
         ["fit", "--config=mebt.yaml", *TWO_PROCESSES, "--trainer.strategy=ddp"],
@@ -66,7 +81,7 @@ def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("experiment", ["tokenizer", "mebt"])
+@pytest.mark.parametrize("experiment", ["tokenizer", "mebt", *OTHERS])
 def test_two_processes_end_with_the_same_weights(two_processes: Path, experiment: str) -> None:
     run_folder = two_processes / f"runs/{experiment}/version_0"
     first, second = (torch.load(run_folder / f"end.{rank}.pt", weights_only=True)["state"] for rank in range(2))
@@ -95,6 +110,42 @@ def test_a_prior_on_two_processes_equals_one_with_twice_the_batch(two_processes:
         # a rounding error, where six steps have moved the weights by up to 6e-3
         assert torch.allclose(two["state"][name], tensor, rtol=0, atol=2e-6), name
     assert two["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("experiment", OTHERS)
+def test_the_other_priors_on_two_processes_equal_one_with_twice_the_batch(
+    two_processes: Path, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(two_processes)
+    words = [f"--config=five/{experiment}.yaml", "--run_root=one", *OTHERS[experiment]]
+    main(["fit", *words, "--trainer.log_every_n_steps=1"])
+    folders = [two_processes / root / experiment / "version_0" for root in ("one", "runs")]
+    one, two = (torch.load(folder / "checkpoints/step=6.ckpt", weights_only=True) for folder in folders)
+    for part in {"state_dict", "current_model_state"} & one.keys():  # W.A.L.T's run keeps an average, too
+        for name, tensor in one[part].items():
+            assert torch.allclose(two[part][name], tensor, rtol=0, atol=1e-5), name  # they have moved by up to 6e-3
+    ends = [torch.load(folder / "end.0.pt", weights_only=True)["metrics"]["val/loss"] for folder in folders]
+    assert ends[0] == pytest.approx(ends[1].item(), abs=1e-5)
+    assert [a[1] + b[1] for a, b in zip(*(read_ledger(folders[1], rank) for rank in range(2)), strict=True)] == [
+        entry[1] for entry in read_ledger(folders[0])
+    ]
+
+
+def test_a_sharded_generator_equals_one_that_is_not_and_saves_single_files_it_resumes_from(
+    two_processes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With averaged weights; made on the meta device, with the weights that it would have had."""
+    monkeypatch.chdir(two_processes)
+    files = [f"{root}/walt/version_0/checkpoints/step=6.ckpt" for root in ("runs", "sharded", "again")]
+    whole, sharded, again = (torch.load(file, weights_only=True) for file in files)
+    assert sharded["state_dict"].keys() == whole["state_dict"].keys()
+    for part in ("state_dict", "current_model_state"):
+        for name, tensor in whole[part].items():
+            assert torch.allclose(sharded[part][name], tensor, rtol=0, atol=1e-5), name
+    for part in ("state_dict", "current_model_state", "optimizer_states"):
+        assert differences(again[part], sharded[part]) == []
+    module = load_generator(files[1])  # in one process
+    assert all(torch.equal(tensor, sharded["state_dict"][name]) for name, tensor in module.state_dict().items())
 
 
 def test_a_tokenizer_on_two_processes_equals_one_with_twice_the_batch(two_processes: Path, tokenizer_run: Path) -> None:

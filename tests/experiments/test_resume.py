@@ -78,7 +78,7 @@ def test_a_run_that_failed_goes_on_as_if_it_had_not(
 def test_the_last_step_is_saved_whatever_the_schedule_of_checkpoints(tiny: Path) -> None:
     main(["fit", "--config=tokenizer.yaml", "--trainer.max_steps=3", "--checkpoint.every_n_train_steps=2"])
     folder = Path("runs/tokenizer/version_0/checkpoints")
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 3
     main(["fit", "--resume=runs/tokenizer/version_0", "--trainer.max_steps=5"])
     assert [entry[0] for entry in read_ledger(folder.parent)] == [0, 1, 2, 3, 4]

@@ -205,3 +205,16 @@ def test_images_among_videos_are_refused_before_a_model_trains_on_black_frames(t
     ]
     with pytest.raises(ValueError, match="MeBTModule, as it is set up, does not tell images from videos"):
         main(["fit", "--config=mebt.yaml", "--data=MixedDataModule", *parts, "--curriculum.schedule=longest"])
+
+
+def test_a_bundle_samples_what_its_checkpoint_does(tiny: Path, mebt_run: Path) -> None:
+    """Without the experiment's file, and with the tokenizer that it holds."""
+    checkpoint = mebt_run / "checkpoints/last.ckpt"
+    main(["export", str(checkpoint), "bundle"])
+    main(["sample", "--config=mebt.yaml", f"--ckpt_path={checkpoint}", "--num_samples=1", "--out=one"])
+    Path("mebt.yaml").unlink()
+    main(["sample", "--bundle=bundle", "--num_samples=1", "--out=other"])
+    one, other = (Path(folder, "seed=000000.mp4").read_bytes() for folder in ("one", "other"))
+    assert one == other
+    with pytest.raises(FileNotFoundError, match="nowhere is no bundle of a generator"):
+        main(["sample", "--bundle=nowhere"])
