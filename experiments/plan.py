@@ -188,7 +188,7 @@ def walt_step(module: WALTModule, batch: dict[str, Tensor], frames: int) -> Tens
         conditions["text_mask"] = torch.ones(shape, dtype=torch.bool)
     if module.enlarges:
         conditions |= {"low_res": nn.functional.avg_pool3d(latents, (1, 2, 2)), "low_res_times": times}
-    return module.squared_errors(latents, torch.randn_like(latents), times, **conditions).mean()
+    return module.squared_errors(latents, torch.randn_like(latents), times, twice=False, **conditions).mean()
 
 
 def gan_step(module: VQGAN3DModule, batch: dict[str, Tensor], adversary: bool) -> Tensor:
