@@ -371,6 +371,11 @@ class COMMITModule(VideoGenerator):
             task=task,
         )
 
+    @property
+    def class_conditional(self) -> bool:
+        """Whether all of the model's tasks ask for a class."""
+        return all(task in CLASS_TASKS for task in self.tasks)
+
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show, from the clips of the batch, for one task after the other."""
         video = torch.empty(len(seeds), 3, *self.clip_shape, device=self.device)

@@ -234,6 +234,11 @@ class VideoGenerator(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return tokenizer.decode(tokenizer.codes_to_latents(codes))
 
+    @property
+    def class_conditional(self) -> bool:
+        """Whether generated videos are asked to be of the classes of their batch, and can be held to them."""
+        return bool(getattr(self, "num_classes", 0))
+
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show: `[len(seeds), 3, T, H, W]`."""
         return self.generate(Condition(), self.num_frames, seeds)
