@@ -83,7 +83,7 @@ def test_mixed_tables_are_refused(compare, tmp_path: Path) -> None:
         compare(result("ours"), result("other", "ucf101_walt"))
     changed = copy.deepcopy(result("other"))
     changed["detectors"]["main"]["weights"] = "ef" * 32
-    with pytest.raises(ValueError, match="(?s)different detectors.*i3d_tf cdcd.*i3d_tf efef"):
+    with pytest.raises(ValueError, match=r"(?s)different detectors.*i3d_tf cdcd.*i3d_tf efef"):
         compare(result("ours"), changed)
     assert not (tmp_path / "out").exists()
 

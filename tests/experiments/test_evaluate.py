@@ -67,10 +67,8 @@ def evaluate(tiny: Path, mebt_run: Path, tokenizer_run: Path):
         Path("tiny.yaml").write_text(yaml.safe_dump(TINY | changes))
         folder = mebt_run if experiment == "mebt" else tokenizer_run
         checkpoint = folder / "checkpoints/last.ckpt"
-        main(
-            ["evaluate", f"--config={experiment}.yaml", f"--ckpt_path={checkpoint}", "--protocol=tiny.yaml"]
-            + ["--out=made", "--batch_size=3", *words]
-        )
+        place = [f"--config={experiment}.yaml", f"--ckpt_path={checkpoint}", "--out=made"]
+        main(["evaluate", *place, "--protocol=tiny.yaml", "--batch_size=3", *words])
         return json.loads(Path("made/results.json").read_text())
 
     return command
@@ -300,5 +298,5 @@ def test_inception_score_of_videos_is_left_out_with_a_note() -> None:
     assert experiments.evaluate.left_out(protocol, {}, None) == [
         "inception_score: needs C3D (--c3d FILE --c3d_sha256 ...)"
     ]
-    with pytest.raises(FileNotFoundError, match="FID.*--weights"):
+    with pytest.raises(FileNotFoundError, match=r"FID.*--weights"):
         load_detectors(read_protocol("imagenet256_walt"))
