@@ -292,11 +292,16 @@ class Examined(LightningModule):
         takes_label = self.asks_text or (self.asks_class and self.protocol.labels == "clips")
         return "label" if takes_label else "nothing"
 
+    def on_predict_start(self) -> None:
+        """Have a place for the parts."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Do one part, and return its number."""
         part = self.parts[batch["part"]]
         if part.kind == "real":
-            kept = self._seen(self._comparable(batch["video"]), ["main"])
+            frames = self.protocol.windows.frames if self.protocol.windows else self.protocol.frames
+            kept = self._seen(self._comparable(batch["video"][:, :, :frames]), ["main"])
         else:
             pieces = range(part.start, part.stop, self.batch_size)
             rows = [self._generated(part, i, min(part.stop, i + self.batch_size), batch) for i in pieces]
@@ -314,7 +319,7 @@ class Examined(LightningModule):
 
     def _comparable(self, video: Tensor) -> Tensor:
         """Frames that are scored, at the size at which they are."""
-        video = video[:, :, : self.protocol.windows.frames if self.protocol.windows else self.protocol.frames].float()
+        video = video[:, :, : self.protocol.frames].float()
         size = self.protocol.size
         return video if size is None else resize_frames(video, size, size, "half_pixel")
 
@@ -346,13 +351,12 @@ class Examined(LightningModule):
         video = video[:, :, : self.protocol.frames].float().clamp(-1, 1)
         if not video.isfinite().all():
             raise ValueError(f"Samples {start} to {stop - 1} of repeat {part.repeat} hold values that are not finite.")
-        if self.protocol.windows:
-            window = self.protocol.windows.frames
-            compared = cut_windows(video, self._starts(), window)
-        else:
-            compared = self._comparable(video)
-        kept = self._seen(compared, list(self.detectors))
         self._check_shape(real, video)
+        compared = self._comparable(video)
+        windows = self.protocol.windows
+        kept = self._seen(
+            cut_windows(compared, self._starts(), windows.frames) if windows else compared, list(self.detectors)
+        )
         number = torch.ones(len(ids))
         kept |= {"seconds": number * cost["seconds"] / len(ids), "bytes": number.double() * cost["bytes"] / len(ids)}
         kept["clip"] = torch.tensor([self.plan.condition(part.repeat, i) for i in ids])
@@ -423,7 +427,7 @@ class Examined(LightningModule):
         """Distances between real and generated, and what a classifier says of the generated alone."""
         card = self.cards["main"]
         scores: dict[str, float] = {}
-        starts = list(self._starts()) if self.protocol.windows else [None]
+        starts: list[int | None] = [*self._starts()] if self.protocol.windows else [None]
         again = self.plan.num_samples // self.plan.num_real if self.protocol.repeat_real else 1
         kinds: list[type[FrechetDistance] | type[KernelDistance]] = []
         if "frechet" in self.protocol.scores:
@@ -533,7 +537,7 @@ def evaluate(
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
     with progress_bar() as bar:
         bar.disable = bar.disable or not trainer.is_global_zero
-        missing = sum(examined.parts[i].stop - examined.parts[i].start for i in work.missing())
+        missing = sum(examined.parts[i].stop - examined.parts[i].start for i in work.missing()) // trainer.world_size
         bar.add_task(
             f"{protocol.name}: clips of this process" if trainer.world_size > 1 else protocol.name, total=missing
         )
@@ -633,6 +637,8 @@ def protocol_data(protocol: Protocol, experiment: VideoDataModule | None, root: 
         if kind is datamodules.MovingShapesDataModule:
             raise ValueError(f"Protocol {protocol.name} has no files (--root={root}).")
         arguments["root"] = root
+    if kind is datamodules.ImageFolderDataModule and "root" not in arguments:
+        raise FileNotFoundError(f"Protocol {protocol.name} compares with images: say where they are (--root FOLDER).")
     return kind(**(arguments | dict(protocol.data["init_args"])))
 
 
