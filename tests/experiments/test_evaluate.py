@@ -1,7 +1,9 @@
 """Evaluations: protocols as data, what is kept with a number, what goes on after a kill, and what is never mixed."""
 
 import json
-import shutil
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import datamodules
 import experiments.evaluate
 from datamodules import MovingShapesDataModule
 from experiments.cli import main
-from experiments.evaluate import Plan, generated_frames, leak, load_detectors
-from experiments.lightning_cli import run
+from experiments.evaluate import Plan, begin, generated_frames, leak, left_out, load_detectors, protocol_data
 from experiments.protocol import FOLDER, Protocol, known_protocols, read_protocol
-from models.metrics import Detector, DetectorCard, FrechetDistance, Preprocessing
+from lightning_modules import MeBTModule, VQGAN3DModule
+from lightning_modules.generator import Condition
+from models.metrics import Detector, DetectorCard, FrechetDistance, Preprocessing, frame_psnr
 
 TINY = {
     "title": "A tiny world",
@@ -53,152 +56,206 @@ def toy_detector(name: str = "random_toy") -> Detector:
     return Detector(Means(), DetectorCard(name, "random, none", 4, 4, Preprocessing(32, "half_pixel")))
 
 
-@pytest.fixture(autouse=True)
-def quick_detector(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments.evaluate, "random_i3d", toy_detector)
-    monkeypatch.setattr(experiments.evaluate, "PART", 4)
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """A quick detector, and parts of four videos."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments.evaluate, "random_i3d", toy_detector)
+        patch.setattr(experiments.evaluate, "PART", 4)
+        yield
 
 
-@pytest.fixture
-def evaluate(tiny: Path, mebt_run: Path, tokenizer_run: Path):
+def evaluate(experiment: Path, run_folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """The command, under a protocol that differs from `TINY` as it is told."""
-
-    def command(*words: str, experiment: str = "mebt", **changes: Any) -> dict[str, Any]:
-        Path("tiny.yaml").write_text(yaml.safe_dump(TINY | changes))
-        folder = mebt_run if experiment == "mebt" else tokenizer_run
-        checkpoint = folder / "checkpoints/last.ckpt"
-        place = [f"--config={experiment}.yaml", f"--ckpt_path={checkpoint}", "--out=made"]
-        main(["evaluate", *place, "--protocol=tiny.yaml", "--batch_size=3", *words])
-        return json.loads(Path("made/results.json").read_text())
-
-    return command
+    out.parent.mkdir(exist_ok=True)
+    protocol = out.parent / "tiny.yaml"
+    protocol.write_text(yaml.safe_dump(TINY | changes))
+    place = [f"--config={experiment}", f"--ckpt_path={run_folder / 'checkpoints/last.ckpt'}", f"--out={out}"]
+    main(["evaluate", *place, f"--protocol={protocol}", "--batch_size=3"])
+    return json.loads((out / "results.json").read_text())
 
 
-def test_a_number_comes_with_all_that_it_depends_on(evaluate, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = evaluate()
-    captured = capsys.readouterr()
-    assert "━" not in captured.err  # no bar where there is no terminal
-    assert "| run | given | frechet_random_toy |" in Path("made/results.md").read_text()
+@dataclass(frozen=True)
+class Whole:
+    """An evaluation that nobody has disturbed."""
+
+    folder: Path
+    result: dict[str, Any]
+    seeds: Tensor
+    videos: Tensor
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, mebt_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    made: list[tuple[Tensor, Tensor]] = []
+    generate = MeBTModule.generate
+
+    def recorded(self: MeBTModule, condition: Condition, num_frames: int, seeds: Tensor) -> Tensor:
+        made.append((seeds, generate(self, condition, num_frames, seeds)))
+        return made[-1][1]
+
+    folder = tmp_path_factory.mktemp("whole") / "made"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeBTModule, "generate", recorded)
+        result = evaluate(world / "mebt.yaml", mebt_run, folder)
+    seeds, videos = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return Whole(folder, result, seeds, videos)
+
+
+def test_a_number_comes_with_all_that_it_depends_on(whole: Whole) -> None:
+    result, folder = whole.result, whole.folder
+    assert "| run | given | frechet_random_toy |" in (folder / "results.md").read_text()
     assert result["protocol"]["name"] == "tiny"
-    assert result["protocol"]["hash"] == read_protocol("tiny.yaml").digest
+    assert result["protocol"]["hash"] == read_protocol(str(folder.parent / "tiny.yaml")).digest
     assert len(result["checkpoint"]["sha256"]) == 64
     assert (result["run"], result["conditions"], result["leak"]) == ("mebt/version_0", "none", None)
     assert result["sampling"]["num_steps"] == 3
     assert result["detectors"] == {"main": {"name": "random_toy", "weights": "random, none"}}
     assert result["seconds_per_sample"] > 0
     assert result["code"]
-    scores = result["scores"]
-    assert {"frechet_random_toy", "kernel_random_toy", "shapes_overall", "nll_0.50"} <= scores.keys()
-    assert "shapes_class_accuracy" not in scores  # nobody asked for a class
-    distances = scores["frechet_random_toy"]["values"]
-    assert len(distances) == 2
-    assert distances[0] != distances[1]  # other samples
-    assert scores["frechet_random_toy"]["std"] > 0
-    with Image.open("made/contact_sheet.png") as sheet:
+    assert {"frechet_random_toy", "kernel_random_toy", "shapes_overall", "nll_0.50"} <= result["scores"].keys()
+    assert "shapes_class_accuracy" not in result["scores"]  # nobody asked for a class
+    with Image.open(folder / "contact_sheet.png") as sheet:
         assert sheet.height > 6 * 64
 
-    # the distance is that of the samples and the real clips themselves
-    module = run(["validate", "--config=mebt.yaml", f"--ckpt_path={result['checkpoint']['path']}"]).model
-    plan = Plan(read_protocol("tiny.yaml"), 5, pairs=False)
-    made = module.generate(
-        experiments.evaluate.Condition(), 16, torch.tensor([sample_seed(plan, 0, i) for i in range(6)])
-    )
+
+def test_the_distance_is_that_of_the_samples_to_the_real_clips(whole: Whole) -> None:
+    assert whole.seeds.unique().numel() == 12  # each repeat has samples of its own
     data = MovingShapesDataModule(**TINY["data"]["init_args"])
     data.setup("validate")
-    metric = FrechetDistance(toy_detector())
-    metric.update(toy_detector()(torch.stack([data.datasets["val"].render(i) for i in range(5)])), real=True)
-    metric.update(toy_detector()(made.clamp(-1, 1)), real=False)
-    assert distances[0] == pytest.approx(float(metric.compute()), rel=1e-4)
+    detector = toy_detector()
+    metric = FrechetDistance(detector)
+    metric.update(detector(torch.stack([data.datasets["val"].render(i) for i in range(5)])), real=True)
+    distances = []
+    for videos in whole.videos.clamp(-1, 1).split(6):
+        metric.reset_generated()
+        metric.update(detector(videos), real=False)
+        distances.append(float(metric.compute()))
+    score = whole.result["scores"]["frechet_random_toy"]
+    assert score["values"] == pytest.approx(distances, rel=1e-6)
+    assert (score["mean"], score["std"]) == (
+        pytest.approx(statistics.fmean(distances), rel=1e-6),
+        pytest.approx(statistics.stdev(distances), rel=1e-5),
+    )
 
 
-def sample_seed(plan: Plan, repeat: int, i: int) -> int:
-    return experiments.evaluate.keyed_seed(plan.protocol.seed, experiments.evaluate._SAMPLE, repeat, i)
-
-
-def test_what_was_killed_goes_on_with_the_missing_parts(evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = evaluate()
-    shutil.move("made", "whole")
+def test_what_was_killed_goes_on_with_the_missing_parts(
+    whole: Whole, tiny: Path, mebt_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL leaves whole parts, and at most a partial file under another name."""
     step = experiments.evaluate.Examined.predict_step
     done: list[int] = []
 
     def dies(self: Any, batch: dict[str, Any], batch_idx: int) -> int:
         if len(done) == 3:
             raise RuntimeError("the power is gone")
-        number = step(self, batch, batch_idx)
-        done.append(number)
-        return number
+        done.append(batch["part"])
+        return step(self, batch, batch_idx)
 
     monkeypatch.setattr(experiments.evaluate.Examined, "predict_step", dies)
+    parts = tiny / "made/parts"
     with pytest.raises(RuntimeError, match="the power is gone"):
-        evaluate()
-    assert not Path("made/results.json").exists()
-    assert len(list(Path("made/parts").iterdir())) == 3
-    (Path("made/parts") / ".generated-1-0000004.safetensors.17").write_bytes(b"half a part")
-    kept = {path: path.stat().st_mtime_ns for path in Path("made/parts").glob("*.safetensors")}
+        evaluate(tiny / "mebt.yaml", mebt_run, tiny / "made")
+    assert not (tiny / "made/results.json").exists()
+    assert len(list(parts.iterdir())) == 3  # of five: one of real clips, two of each repeat
+    (parts / ".generated-1-0000004.safetensors.17").write_bytes(b"half a part")
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("[!.]*")}
 
-    done.clear()
-    monkeypatch.setattr(experiments.evaluate.Examined, "predict_step", lambda *args: done.append(1) or step(*args))
-    result = evaluate()
-    assert len(done) == 2  # of five: one of real clips, two of each repeat
+    monkeypatch.setattr(experiments.evaluate.Examined, "predict_step", lambda *args: done.append(9) or step(*args))
+    result = evaluate(tiny / "mebt.yaml", mebt_run, tiny / "made")
+    assert done.count(9) == 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert result["scores"]["frechet_random_toy"] == expected["scores"]["frechet_random_toy"]
+    for name in ("frechet_random_toy", "kernel_random_toy", "shapes_overall"):
+        assert result["scores"][name] == whole.result["scores"][name]
+    assert "━" not in capsys.readouterr().err  # no bar where there is no terminal
 
+
+def test_another_evaluation_does_not_go_on_in_the_same_folder(whole: Whole, tmp_path: Path) -> None:
+    about = json.loads((whole.folder / "evaluation.json").read_text())
+    begin(whole.folder, about)
     with pytest.raises(ValueError, match=r"evaluation with another sampling.*--out"):
-        evaluate("--model.sampling.num_steps=2")
-    with pytest.raises(ValueError, match="evaluation with another protocol"):
-        evaluate(samples=7)
+        begin(whole.folder, about | {"sampling": {}})
+    with pytest.raises(ValueError, match="evaluation with another protocol, code"):
+        begin(whole.folder, about | {"protocol": {}, "code": "another"})
+    with pytest.raises(ValueError, match="evaluation of other weights"):
+        begin(whole.folder, about | {"checkpoint": {"sha256": "another"}})
+    (tmp_path / "diary.txt").touch()
+    with pytest.raises(ValueError, match="something else"):
+        begin(tmp_path, about)
 
 
-def test_reconstructions_of_a_tokenizer_are_compared_with_their_inputs(evaluate, tokenizer_run: Path) -> None:
-    result = evaluate(experiment="tokenizer", scores=["frechet", "oracle"], repeats=1)
+def test_reconstructions_of_a_tokenizer_are_compared_with_their_inputs(
+    tiny: Path, tokenizer_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Tensor] = []
+    sample_videos = VQGAN3DModule.sample_videos
+
+    def recorded(self: VQGAN3DModule, batch: dict[str, Any], seeds: Tensor) -> Tensor:
+        made.append(sample_videos(self, batch, seeds))
+        return made[-1]
+
+    monkeypatch.setattr(VQGAN3DModule, "sample_videos", recorded)
+    changes = {"scores": ["frechet", "oracle"], "repeats": 1}
+    result = evaluate(tiny / "tokenizer.yaml", tokenizer_run, tiny / "made", **changes)
     assert (result["conditions"], result["samples"], result["real_clips"]) == ("reconstruction", 5, 5)
     scores = result["scores"]
     assert {"reconstruction_frechet_random_toy", "psnr", "ssim", "shapes_class_accuracy"} <= scores.keys()
-    words = ["--config=tokenizer.yaml", f"--ckpt_path={tokenizer_run / 'checkpoints/last.ckpt'}", "--data.num_val=5"]
-    cli = run(["validate", *words])
-    video = torch.stack([cli.datamodule.datasets["val"].render(i) for i in range(5)])
-    both = cli.model.sample_videos({"video": video}, torch.arange(5))
-    per_frame = experiments.evaluate.frame_psnr(both[:, :, :, 32:].clamp(-1, 1), both[:, :, :, :32])
-    assert scores["psnr"]["mean"] == pytest.approx(float(per_frame.mean()), abs=1e-3)
+    original, reconstruction = torch.cat(made).chunk(2, dim=3)
+    expected = frame_psnr(reconstruction.clamp(-1, 1), original).mean()
+    assert scores["psnr"]["mean"] == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_a_leak_is_named(evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_leak_is_named(tiny: Path, mebt_run: Path) -> None:
+    changes = {"split": "train", "order": "drawn", "real": 4, "repeats": 1, "samples": 4, "scores": ["frechet"]}
     with pytest.warns(UserWarning, match=r"LEAK: .* MAGVIT and TATS do just that"):
-        result = evaluate(split="train", order="drawn", real=4, repeats=1, samples=4, used_by=["MAGVIT", "TATS"])
+        result = evaluate(tiny / "mebt.yaml", mebt_run, tiny / "made", used_by=["MAGVIT", "TATS"], **changes)
     assert "LEAK" in result["leak"]
-    assert "of the split that it was trained on" in Path("made/results.md").read_text()
-    protocol = read_protocol("tiny.yaml")
-    other = {"config": {"data": {"class_path": "datamodules.UCF101DataModule"}}}
-    assert leak(protocol, other, None) is None
+    assert "of the split that it was trained on" in (tiny / "made/results.md").read_text()
+    protocol = read_protocol(str(tiny / "tiny.yaml"))
+    assert leak(protocol, {"config": {"data": {"class_path": "datamodules.UCF101DataModule"}}}, None) is None
     assert (
         leak(read_protocol("shapes_16"), {"config": {"data": {"class_path": "MovingShapesDataModule"}}}, None) is None
     )
 
 
-def test_windows_of_long_videos_are_compared_with_short_clips(evaluate) -> None:
+def test_windows_of_long_videos_are_compared_with_short_clips(tiny: Path, mebt_run: Path) -> None:
     data = {"class_path": "MovingShapesDataModule", "init_args": TINY["data"]["init_args"] | {"num_frames": 8}}
-    result = evaluate(
-        data=data, windows={"frames": 8, "stride": 4, "include_last": False}, scores=["frechet"], repeats=1
-    )
+    windows = {"frames": 8, "stride": 4, "include_last": False}
+    changes = {"data": data, "windows": windows, "scores": ["frechet"], "repeats": 1}
+    result = evaluate(tiny / "mebt.yaml", mebt_run, tiny / "made", **changes)
     assert list(result["scores"]) == ["frechet_random_toy_from_frame_0", "frechet_random_toy_from_frame_4"]
 
 
+def test_a_protocol_that_is_not_there_is_refused_before_anything_is_made(tiny: Path, mebt_run: Path) -> None:
+    words = ["--config=mebt.yaml", f"--ckpt_path={mebt_run / 'checkpoints/last.ckpt'}", "--out=made"]
+    with pytest.raises(FileNotFoundError, match=r"There is no protocol nope.*ucf101_magvit"):
+        main(["evaluate", *words, "--protocol=nope"])
+    assert not Path("made").exists()
+
+
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("protocol", "options", "message"),
     [
-        ("--protocol=nope", "There is no protocol nope.*ucf101_magvit"),
-        ("--protocol=ucf101_magvit", r"needs the weights of its detector \(--weights FILE\).*bec6519f"),
-        ("--weights=i3d.pt", "reads no weights"),
-        ("--c3d=c3d.npz", "has no inception score"),
-        ("--task=frame_prediction", "has no tasks to choose from"),
-        ("--batch_size=0", "batch_size=0 is too small"),
-        ("--root=elsewhere", "has no files"),
+        ("ucf101_magvit", {}, r"needs the weights of its detector \(--weights FILE\).*sha256 bec6519f"),
+        ("ucf101_magvit", {"weights": "nowhere.pt"}, "No detector weights at nowhere.pt"),
+        ("imagenet256_walt", {}, "measures FID"),
+        ("shapes_16", {"weights": "i3d.pt"}, "reads no weights"),
+        ("shapes_16", {"c3d": "c3d.npz"}, "has no inception score"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(evaluate, word: str, message: str) -> None:
+def test_detectors_that_do_not_fit_are_refused(protocol: str, options: dict[str, str], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
-        evaluate(word)
-    assert not Path("made/results.json").exists()
+        load_detectors(read_protocol(protocol), **options)
+
+
+def test_the_data_lie_where_the_experiment_or_the_user_says() -> None:
+    experiment = datamodules.UCF101DataModule("here", num_workers=3, random_crop=False)
+    data = protocol_data(read_protocol("ucf101_magvit"), experiment, None)
+    assert (data.root, data.num_workers, data.random_crop) == ("here", 3, True)
+    assert protocol_data(read_protocol("sky_tats"), experiment, None).root is None
+    assert protocol_data(read_protocol("sky_tats"), experiment, "there").root == "there"
+    with pytest.raises(ValueError, match="has no files"):
+        protocol_data(read_protocol("shapes_16"), None, "there")
 
 
 # Protocols
@@ -294,9 +351,5 @@ def test_a_causal_model_makes_more_frames_than_are_scored() -> None:
 
 
 def test_inception_score_of_videos_is_left_out_with_a_note() -> None:
-    protocol = read_protocol("ucf101_magvit")
-    assert experiments.evaluate.left_out(protocol, {}, None) == [
-        "inception_score: needs C3D (--c3d FILE --c3d_sha256 ...)"
-    ]
-    with pytest.raises(FileNotFoundError, match=r"FID.*--weights"):
-        load_detectors(read_protocol("imagenet256_walt"))
+    notes = left_out(read_protocol("ucf101_magvit"), {}, None)
+    assert notes == ["inception_score: needs C3D (--c3d FILE --c3d_sha256 ...)"]
