@@ -107,6 +107,7 @@ class COMMITModule(VideoGenerator):
         self.sampling = sampling
         self.tasks = tuple(tasks)
         self.num_classes = num_classes
+        self.class_conditional = all(task in CLASS_TASKS for task in tasks)
         self.clip_shape = (num_frames, resolution, resolution)
         if not tasks or len(set(tasks)) < len(tasks):
             raise ValueError(f"tasks={list(tasks)}: expected different ones, at least one (--model.tasks).")
@@ -370,11 +371,6 @@ class COMMITModule(VideoGenerator):
             video=batch["video"][rows] if task not in EMPTY_TASKS else None,
             task=task,
         )
-
-    @property
-    def class_conditional(self) -> bool:
-        """Whether all of the model's tasks ask for a class."""
-        return all(task in CLASS_TASKS for task in self.tasks)
 
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show, from the clips of the batch, for one task after the other."""

@@ -59,6 +59,7 @@ class VideoGenerator(LightningModule):
     tokenizer: VQGAN3D
     sampling: Any  # the paper's sampling settings, a dataclass
 
+    class_conditional = False  # whether samples are asked to be of their batch's classes, and can be held to them
     network: Any  # the paper's transformer; its `decayed_parameters()` are those under weight decay
 
     def __init__(
@@ -233,11 +234,6 @@ class VideoGenerator(LightningModule):
         tokenizer = self._placed_tokenizer()
         with torch.autocast(self.device.type, enabled=False):
             return tokenizer.decode(tokenizer.codes_to_latents(codes))
-
-    @property
-    def class_conditional(self) -> bool:
-        """Whether generated videos are asked to be of the classes of their batch, and can be held to them."""
-        return bool(getattr(self, "num_classes", 0))
 
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show: `[len(seeds), 3, T, H, W]`."""
