@@ -69,8 +69,8 @@ def check(results: Sequence[Result]) -> None:
         ValueError: If protocols or detectors differ: says which run has which.
     """
     for what, described in (
-        ("protocols", lambda result: f"{result['protocol']['name']} ({result['protocol']['hash'][:12]})"),
-        ("detectors", lambda result: ", ".join(f"{d['name']} {d['weights']}" for d in result["detectors"].values())),
+        ("protocols", _protocol_of),
+        ("detectors", _detectors_of),
     ):
         seen = {result["run"] + " " + described(result): described(result) for result in results}
         if len(set(seen.values())) > 1:
@@ -79,6 +79,14 @@ def check(results: Sequence[Result]) -> None:
                 + "\n  ".join(seen)
                 + ("\nChoose one (--protocol)." if what == "protocols" else "")
             )
+
+
+def _protocol_of(result: Result) -> str:
+    return f"{result['protocol']['name']} ({result['protocol']['hash'][:12]})"
+
+
+def _detectors_of(result: Result) -> str:
+    return ", ".join(f"{detector['name']} {detector['weights']}" for detector in result["detectors"].values())
 
 
 def published(results: Sequence[Result]) -> list[Result]:

@@ -541,7 +541,7 @@ def evaluate(
         bar.add_task(
             f"{protocol.name}: clips of this process" if trainer.world_size > 1 else protocol.name, total=missing
         )
-        examined.__dict__["bar"] = bar
+        examined.bar = bar
         trainer.predict(examined, datamodule=work, return_predictions=False)
     likelihood = {}
     notes = left_out(protocol, detectors, lpips)
