@@ -6,6 +6,7 @@ and a protocol of 40,000 videos takes no disk. Part k is done by process k modul
 seed and its condition alone, so that any number of processes makes the same ones.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -263,7 +264,7 @@ class Examined(LightningModule):
         self.class_names = class_names
         self.parts = plan.parts()
         self.task: str | None = None
-        if hasattr(model, "tasks"):
+        if hasattr(self.model, "tasks"):
             free = "class_conditional" if self.model.num_classes else "unconditional"
             self.task = self.model.checked_task(self.protocol.task or free)
         self.asks_class = self.task in CLASS_TASKS if self.task else getattr(model, "class_conditional", False)
@@ -753,9 +754,11 @@ def resident_bytes(peak: bool = False, forget_peak: bool = False) -> int:
     """Memory of this process now, or at most since the peak was forgotten; 0 where the system does not say."""
     try:
         if forget_peak:
+            # memory that was freed but is kept for later would hide what the next sample takes
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+    except (OSError, AttributeError):  # no Linux, or another C library
         return 0
     wanted = "VmHWM:" if peak else "VmRSS:"
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(wanted)), 0)
