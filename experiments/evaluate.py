@@ -438,6 +438,7 @@ class Examined(LightningModule):
         for number, start in enumerate(starts):
             for kind in kinds:
                 metric = kind(card)
+                metric.distributed_available_fn = one_process
                 for _ in range(again):
                     metric.update(self._features(real, "main"), real=True)
                 metric.update(self._features(made, "main", slice(number, None, len(starts))), real=False)
@@ -445,6 +446,7 @@ class Examined(LightningModule):
         for name in ("c3d", "main"):
             if "inception_score" in self.protocol.scores and self._classifies(name):
                 inception = InceptionScore(self.cards[name])
+                inception.distributed_available_fn = one_process
                 inception.update(self._features(made, name))
                 scores[inception.name] = float(inception.compute()[0])
         return scores
@@ -472,6 +474,11 @@ class Examined(LightningModule):
     def contact_sheet(self) -> None:
         """Write the samples that were drawn to be shown."""
         contact_sheet(self._read("generated", 0)["shown"]).save(self.folder.parent / "contact_sheet.png")
+
+
+def one_process() -> bool:
+    """Whether metrics are to be joined over processes: no, for one has read what all have seen."""
+    return False
 
 
 # The command

@@ -156,7 +156,9 @@ def test_two_processes_evaluate_as_one(two_processes: Path, tiny: Path) -> None:
     assert one["protocol"]["hash"] == two["protocol"]["hash"]
     assert one["scores"].keys() == two["scores"].keys()
     for name, score in one["scores"].items():
-        assert two["scores"][name]["values"] == pytest.approx(score["values"], rel=1e-3, abs=1e-3), name
+        # validation draws its masks by batch, so that a likelihood is of other masks
+        tolerance = 0.02 if name.startswith("nll") else 1e-5
+        assert two["scores"][name]["values"] == pytest.approx(score["values"], rel=tolerance, abs=1e-6), name
 
 
 def test_a_run_that_is_killed_goes_on_at_its_newest_checkpoint(tiny: Path) -> None:
