@@ -230,7 +230,7 @@ class Examined(LightningModule):
     """What `predict` runs: makes the videos of a part, lets the detectors see them, and keeps what they saw.
 
     Args:
-        model: A generator, or a tokenizer, whose reconstructions are examined.
+        model: A LightningModule: a generator, or a tokenizer, whose reconstructions are examined.
         plan: The work.
         detectors: By name; all see all videos, real and generated, but C3D the generated ones alone.
         lpips: LPIPS, if the protocol has it.
@@ -242,7 +242,7 @@ class Examined(LightningModule):
 
     def __init__(
         self,
-        model: LightningModule,
+        model: Any,
         plan: Plan,
         detectors: dict[str, Detector],
         lpips: LPIPS | None,
@@ -252,7 +252,7 @@ class Examined(LightningModule):
         class_names: list[str],
     ) -> None:
         super().__init__()
-        self.model: Any = model  # an interface, not a class
+        self.model = model
         self.plan = plan
         self.protocol = plan.protocol
         self.detectors = nn.ModuleDict(detectors)
@@ -264,9 +264,9 @@ class Examined(LightningModule):
         self.class_names = class_names
         self.parts = plan.parts()
         self.task: str | None = None
-        if hasattr(self.model, "tasks"):
-            free = "class_conditional" if self.model.num_classes else "unconditional"
-            self.task = self.model.checked_task(self.protocol.task or free)
+        if hasattr(model, "tasks"):
+            free = "class_conditional" if model.num_classes else "unconditional"
+            self.task = model.checked_task(self.protocol.task or free)
         self.asks_class = self.task in CLASS_TASKS if self.task else getattr(model, "class_conditional", False)
         self.asks_text = bool(self.protocol.texts)
         self.asks_pixels = self.task not in EMPTY_TASKS if self.task else self.protocol.given_frames > 0
