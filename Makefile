@@ -15,17 +15,19 @@ GPUS ?= 8
 OUT ?=
 SOURCE ?=
 DEST ?=
+PROTOCOL ?=
+RUNS ?=
 ARGS ?=
 
 EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(STRATEGY),--config experiments/_base/trainer/$(STRATEGY).yaml )$(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults plan train sample tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test test-faults plan train sample evaluate compare tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= STRATEGY= GPUS= BUNDLE= ARGS=\"--any.option=value ...\""
+	@echo "Variables: EXP= CKPT= TOKENIZER= RESUME= PROTOCOL= STRATEGY= GPUS= BUNDLE= ARGS=\"--any.option=value ...\""
 	@echo "Experiments: $(EXPERIMENTS)"
 
 setup: $(STAMP) ## create .venv and install the pinned dependencies into it
@@ -68,6 +70,14 @@ sample: $(STAMP) _known_experiment ## videos from EXP=... CKPT=...: mp4s, a cont
 	@test -f "$(CKPT)" || { echo "CKPT='$(CKPT)' is no file. CKPT= a checkpoint, e.g. runs/$(EXP)/version_0/checkpoints/last.ckpt"; exit 1; }
 	$(LONGTAKE) sample $(CONFIG) --ckpt_path $(CKPT) $(ARGS)
 endif
+
+evaluate: $(STAMP) _known_experiment ## score EXP=... CKPT=... under PROTOCOL= one of experiments/protocols (default shapes_16)
+	@test -f "$(CKPT)" || { echo "CKPT='$(CKPT)' is no file. CKPT= a checkpoint, e.g. runs/$(EXP)/version_0/checkpoints/last.ckpt"; exit 1; }
+	$(LONGTAKE) evaluate $(CONFIG) --ckpt_path $(CKPT) $(if $(PROTOCOL),--protocol $(PROTOCOL)) $(ARGS)
+
+compare: $(STAMP) ## one table and plot of evaluations: RUNS="runs/a/version_0 runs/b/version_0"
+	@test -n "$(RUNS)" || { echo 'RUNS= folders with results.json in or below them, such as RUNS="runs/demo_mebt/version_0 runs/demo_tats/version_0"'; exit 1; }
+	$(LONGTAKE) compare $(RUNS) $(if $(PROTOCOL),--protocol $(PROTOCOL)) $(ARGS)
 
 tokenize: $(STAMP) _known_experiment ## codes of all clips of EXP=..., computed once; OUT= the folder
 	@test -n "$(OUT)" || { echo "OUT= the folder to write to, such as data/codes/$(EXP)"; exit 1; }

@@ -47,6 +47,8 @@ class FVDEvaluation(Callback):
     embedded moving shapes, the scores of the oracle that knows their laws stand beside it, as
     `metrics/shapes_<score>`; a generator is held to the clips' classes if it says that it is `class_conditional`.
 
+    `longtake validate` of a tokenizer measures once, with `num_samples`, where the weights of a detector are given.
+
     Features of the real clips are computed before training and kept on disk, by the hash of all that they depend on.
 
     Args:
@@ -132,8 +134,10 @@ class FVDEvaluation(Callback):
         Raises:
             ValueError: if there are no real clips to be had.
         """
-        if self.is_off(trainer):
-            return
+        if not self.is_off(trainer):
+            self._prepare(trainer, pl_module)
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._real_data = self._find_data(trainer)
         self._detector = load_i3d(self.weights, self.profile) if self.weights else random_i3d()
         self._detector.to(pl_module.device)
@@ -150,6 +154,8 @@ class FVDEvaluation(Callback):
             data = trainer.datamodule  # type: ignore[attr-defined]
             if data is None:
                 raise ValueError("FVD compares with real clips: fit with a data module, or name one (--fvd.data).")
+            if self.split == "train":
+                data.setup("fit")  # nothing new in a fit; a validation has not made this split
         else:
             data.trainer = trainer  # its loaders ask for the rank
             if trainer.is_global_zero:
@@ -252,6 +258,23 @@ class FVDEvaluation(Callback):
         if given < number:
             yield [], {}, number
 
+    # A validation by itself
+
+    def _validates(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether this is a command that validates a tokenizer, and there is a detector of published weights."""
+        is_tokenizer = not hasattr(pl_module, "generate")
+        return trainer.state.fn == "validate" and self.weights is not None and is_tokenizer
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the detector, and have the features of the real clips."""
+        if self._validates(trainer, pl_module):
+            self._prepare(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, and let the number stand among those of the validation."""
+        if self._validates(trainer, pl_module):
+            pl_module.log_dict(self._measure(trainer, pl_module, self.num_samples), on_epoch=True)
+
     # During training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -312,7 +335,8 @@ class FVDEvaluation(Callback):
             **scores,
         }
         metrics = {key: distance} | {f"metrics/{name}": score for name, score in scores.items()}
-        self._write(trainer, metrics, row, f"{metric.name}_{frames}f")
+        if trainer.state.fn == "fit":  # a validation has no run to write it to
+            self._write(trainer, metrics, row, f"{metric.name}_{frames}f")
         return metrics
 
     def _number(self, pl_module: LightningModule, wanted: int) -> int:

@@ -13,6 +13,7 @@ LIGHTNING_COMMANDS = {
     "validate": "compute the validation numbers of a checkpoint",
     "tokenize": "run a tokenizer over a data set once, and keep the codes",
     "sample": "generate videos from a checkpoint: mp4 files and a contact sheet",
+    "evaluate": "score a checkpoint under a named protocol: results.json, a table's row, a contact sheet",
 }
 
 
@@ -24,6 +25,12 @@ def _export(args: Sequence[str]) -> None:
 
 def _cache_frames(args: Sequence[str]) -> None:
     from experiments.cache_frames import main
+
+    main(args)
+
+
+def _compare(args: Sequence[str]) -> None:
+    from experiments.compare import main
 
     main(args)
 
@@ -61,6 +68,7 @@ def _plan(args: Sequence[str]) -> None:
 SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "export": ("turn a tokenizer's checkpoint into a bundle: safetensors and JSON", _export),
     "cache-frames": ("decode the videos of a data set once, at training size", _cache_frames),
+    "compare": ("one table and one plot of evaluations under one protocol", _compare),
     "doctor": ("what a data set holds, what of it can be used, what is wrong with it", _doctor),
     "plan": ("what an experiment costs: parameters, FLOPs, memory, hours, disk", _plan),
     "import-weights": ("turn what TATS or MeBT has released into bundles", _import_weights),

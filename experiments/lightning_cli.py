@@ -55,7 +55,10 @@ from datamodules.mixed import MixedDataModule
 from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
+from experiments.evaluate import evaluate, load_detectors
+from experiments.protocol import read_protocol
 from lightning_modules.generator import VideoGenerator
+from models.tokenizers.losses import LPIPS
 from models.weights import check_whole, load_state, read_checkpoint
 
 # A value is written once: the source decides the target, for every class that has such an argument.
@@ -212,6 +215,61 @@ class LongtakeTrainer(Trainer):
             weights_only=True,
         )
         rank_zero_info(f"{num_samples} videos of {frames} frames: {folder}")
+
+    def evaluate(
+        self,
+        model: LightningModule,
+        datamodule: VideoDataModule | None = None,
+        ckpt_path: str = "",
+        protocol: str = "shapes_16",
+        task: str | None = None,
+        weights: str | None = None,
+        weights_sha256: str | None = None,
+        c3d: str | None = None,
+        c3d_mean: str | None = None,
+        c3d_sha256: str | None = None,
+        lpips: str | None = None,
+        root: str | None = None,
+        num_frames: int | None = None,
+        batch_size: int = 4,
+        out: str | None = None,
+    ) -> None:
+        """Generate what a protocol asks for and score it: results.json, a row of a table, and a contact sheet.
+
+        A command that was killed goes on where it stopped, with any number of processes; so do those that share a file
+        system.
+
+        Args:
+            model: The generator, or a tokenizer, whose reconstructions are scored.
+            datamodule: The experiment's data, which say where those of the protocol lie if they are of one data set.
+            ckpt_path: Checkpoint to evaluate.
+            protocol: One of experiments/protocols, or a .yaml file of that kind.
+            task: What is given to a model of several tasks, for a protocol that is used with several.
+            weights: File of the detector's weights: I3D for FVD, Inception-v3 for FID.
+            weights_sha256: Accept exactly this file, though no digest of it is published.
+            c3d: File of C3D's weights for the inception score of videos; null leaves it out.
+            c3d_mean: File of C3D's mean volume, if `c3d` does not hold it.
+            c3d_sha256: Digest of `c3d`, since none is published.
+            lpips: Folder of LPIPS' weights, for protocols that have it; null leaves it out.
+            root: Folder of the protocol's data, if the experiment's are of another data set.
+            num_frames: Frames to generate, of which the protocol's first are scored; null takes as few as will do.
+            batch_size: Videos generated at once on each device.
+            out: Folder to write to; null makes `evaluation-<protocol>-<checkpoint>` beside the checkpoint's folder.
+        """
+        chosen = read_protocol(protocol, task)
+        evaluate(
+            self,
+            model,
+            datamodule,
+            Path(ckpt_path),
+            chosen,
+            load_detectors(chosen, weights, weights_sha256, c3d, c3d_mean, c3d_sha256),
+            None if lpips is None else LPIPS.from_folder(lpips),
+            root,
+            num_frames,
+            batch_size,
+            Path(out) if out else None,
+        )
 
     def tokenize(
         self,
@@ -564,7 +622,7 @@ class LongtakeCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Commands, and which arguments of the Trainer's method the command line does not show."""
         kept = {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
-        return kept | {"sample": {"model", "datamodule"}, "tokenize": {"model", "datamodule"}}
+        return kept | {name: {"model", "datamodule"} for name in ("sample", "evaluate", "tokenize")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add sections, links and the run's place."""
@@ -598,7 +656,7 @@ class LongtakeCLI(LightningCLI):
         config = self.config[command]
         path = config.get("ckpt_path")
         if not path:
-            if command in ("validate", "sample"):
+            if command in ("validate", "sample", "evaluate"):
                 raise ValueError(f"`longtake {command}` needs trained weights: --ckpt_path CHECKPOINT.")
             return
         if command == "sample" and (Path(path) / "config.json").is_file():
@@ -635,13 +693,16 @@ class LongtakeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to `<run_root>/<run_name>/<run_version>`, unless the experiment names a logger of its own.
 
-        Only a fit makes a run: the other commands have no logger, and none of the sections that are callbacks.
+        Only a fit makes a run: the other commands have no logger, and none of the sections that are callbacks; but a
+        validation has FVD's, if it is given a detector.
         """
         config = self.config[self.subcommand]
         unused: list[str] = []
         if self.subcommand != "fit":
             kwargs["logger"] = False
-            unused = self._parser(self.subcommand).callback_keys
+            unused = list(self._parser(self.subcommand).callback_keys)
+            if self.subcommand == "validate" and config.fvd.weights is not None:
+                unused.remove("fvd")  # rFVD is one of a tokenizer's numbers
         elif config.trainer.fast_dev_run:
             unused = ["checkpoint"]  # Lightning 2.6.6 would write its `save_last` into the working directory
         elif config.trainer.logger in (None, True):

@@ -107,6 +107,7 @@ class COMMITModule(VideoGenerator):
         self.sampling = sampling
         self.tasks = tuple(tasks)
         self.num_classes = num_classes
+        self.class_conditional = all(task in CLASS_TASKS for task in tasks)
         self.clip_shape = (num_frames, resolution, resolution)
         if not tasks or len(set(tasks)) < len(tasks):
             raise ValueError(f"tasks={list(tasks)}: expected different ones, at least one (--model.tasks).")

@@ -61,6 +61,7 @@ class VideoGenerator(LightningModule):
     tokenizer: VQGAN3D
     sampling: Any  # the paper's sampling settings, a dataclass
 
+    class_conditional = False  # whether samples are asked to be of their batch's classes, and can be held to them
     network: Any  # the paper's transformer; its `decayed_parameters()` are those under weight decay
     reads_text = False  # whether batches must hold `text`, and a prompt can be given
 

@@ -1,24 +1,20 @@
-"""How far the oracle of the moving shapes can be trusted: its scores of true clips, and of clips with one thing wrong.
+"""How far the oracle of the moving shapes can be trusted: its scores of true clips, of damaged ones, and of noise.
 
-    python -m experiments.benchmarks.shapes_oracle [--quick] [--out DIR]
-
-Prints a table for each of two worlds, the data module's default and the demo's, and writes `shapes_oracle.json`. A
-score of true clips below one is the oracle's error; each kind of damage has to lower the overall score, of every clip.
+Clips are those of two worlds, the data module's default and the demo's. A score of true clips below one is the oracle's
+error; each kind of damage has to lower the overall score, of every clip; where there is no object there is no score.
 """
 
-import argparse
-import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules.shapes import MovingShapes, Scene
+from experiments.benchmarks.report import Measurement
 from models.metrics.shapes_oracle import score_clips
 from models.random import keyed_generator
 from models.shapes_world import COLOURS, SHAPES
@@ -115,28 +111,32 @@ def measure(dataset: MovingShapes, true_clips: int, damaged_clips: int) -> dict[
     return table
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Measure both worlds and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 clips of each, instead of 600 and 100")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON file")
-    options = parser.parse_args(args)
-    torch.set_num_threads(1)
-    true_clips, damaged_clips = (4, 4) if options.quick else (600, 100)
+def run(quick: bool) -> list[Measurement]:
+    """Measure both worlds, and noise."""
+    true_clips, damaged_clips = (4, 2) if quick else (500, 24)
     demo = MovingShapes(
-        "val", true_clips, 64, min_objects=1, max_objects=2, size=(0.2, 0.3), speed=(0.02, 0.04), texture=0.0
+        "val", true_clips, 16, min_objects=1, max_objects=2, size=(0.2, 0.3), speed=(0.025, 0.045), texture=0.0
     )
-    results = {}
-    for world, dataset in (("default, 16 frames", MovingShapes("val", true_clips)), ("demo, 64 frames", demo)):
-        results[world] = measure(dataset, true_clips, damaged_clips)
-        names = [name for name in results[world]["true"] if name != "clips_per_second"]
-        print(f"{world}: {results[world]['true']['clips_per_second']:.1f} clips a second")
-        print(f"{'':16}" + "".join(f"{name:>15}" for name in [*names, "falls"]))
-        for kind, scores in results[world].items():
-            print(f"{kind:16}" + "".join(f"{scores.get(name, float('nan')):15.3f}" for name in [*names, "falls"]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "shapes_oracle.json").write_text(json.dumps(results, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    rows = []
+    for world, dataset in (("default", MovingShapes("val", true_clips)), ("demo", demo)):
+        table = measure(dataset, true_clips, damaged_clips)
+        true = table.pop("true")
+        rows.append(Measurement(f"{world}: speed, 16 frames", true.pop("clips_per_second"), "clips/s"))
+        rows += [
+            Measurement(f"{world}: {name} of {true_clips} true clips", score, "of 1", at_least=0.98)
+            for name, score in true.items()
+        ]
+        for kind, scores in table.items():
+            falls = scores.pop("falls")
+            name = f"{world}, {kind}: clips whose score falls"
+            rows.append(Measurement(name, falls, "of 1", at_least=1.0, details=scores))
+    generator = keyed_generator(0)
+    for kind, video in (
+        ("uniform", torch.rand(4, 3, 16, 64, 64, generator=generator) * 2 - 1),
+        ("Gaussian", torch.randn(4, 3, 16, 64, 64, generator=generator).clamp(-1, 1)),
+        ("still grey", torch.zeros(4, 3, 16, 64, 64)),
+        ("still red", torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1, 1).expand(4, 3, 16, 64, 64)),
+    ):
+        overall = float(score_clips(video).overall.max())
+        rows.append(Measurement(f"{kind}: highest overall score", overall, "of 1", at_most=0.0))
+    return rows

@@ -118,7 +118,10 @@ class _Coherence(SampleMetric):
 
 
 class ClassCoherence(_Coherence):
-    """Share of long videos whose piece t is given the class of piece 0 (TATS, CCS): 1 at t = 0.
+    """Share of long videos whose piece t is given the class of piece 0 (TATS' class coherence score, CCS): 1 at t = 0.
+
+    The paper compares pieces of 16 frames that do not overlap with the first one; its values are in a figure only. This
+    is the plain reading of the score's name; no published number is set beside it.
 
     Args:
         detector: Whose logits come, or its card; the paper's is a C3D of UCF-101.
@@ -139,7 +142,11 @@ class ClassCoherence(_Coherence):
 
 
 class InceptionCoherence(_Coherence):
-    """Mean over long videos of KL(p_t || p_0) between the class probabilities of pieces t and 0, nats (TATS, ICS).
+    """Mean over long videos of KL(p_t || p_0) between the class probabilities of pieces t and 0, nats.
+
+    After TATS' inception coherence score (ICS), whose values are in a figure only. The direction of the divergence
+    (that of the inception score: the sample first, the reference second) is our reading; no published number is set
+    beside it.
 
     Args:
         detector: Whose logits come, or its card; the paper's is a C3D of UCF-101.

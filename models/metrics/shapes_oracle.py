@@ -18,7 +18,10 @@ How objects are recovered, by analysis and synthesis:
 5. Who is in front shows where the templates overlap. Then 4 is repeated, for now it is known what hides what.
 
 The oracle gives the benefit of the doubt: what is hidden behind another object is not held against a clip, and what is
-seen in part counts by how much of the outline is seen.
+seen in part counts by how much of the outline is seen. But it does not see shapes in clouds: all scores of a clip are
+weighed by how much of its variance the scene that was recovered explains, since in noise the same few colours are
+"there" in all frames, and keep to some laws by being everywhere. True clips are explained whole, blurred ones by more
+than two thirds, noise not at all.
 """
 
 from dataclasses import dataclass, fields
@@ -35,6 +38,7 @@ POSITION_TOLERANCE = 1 / 128  # box widths, half a pixel of 64
 SIZE_TOLERANCE = 1 / 128  # box widths
 SHAPE_TOLERANCE = 0.02  # squared error, in areas of the object, by which another shape fits better
 RESIDUAL_TOLERANCE = 0.05  # mean absolute difference of a pixel, in [-1, 1], from the scene drawn again
+EXPLAINED = (0.2, 0.6)  # share of a clip's variance up to which nothing is believed, and from which on all is
 
 MIN_AREA = 1 / 1024  # of the picture: less of a colour is no object
 COARSE = 32  # pixels of the grid for the first search
@@ -472,7 +476,7 @@ def _draw(objects: Objects, order: Tensor, background: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OracleScores:
-    """Scores of B clips, `[B]` each, from 0 to 1; a clip without any object has 0 everywhere.
+    """Scores of B clips, `[B]` each, from 0 to 1; a clip without any object has 0 everywhere, and so has noise.
 
     Args:
         count: constancy of the number of objects: 1 less the mean deviation from its median, relative to it.
@@ -537,11 +541,19 @@ def _score(video: Tensor, label: int | None) -> list[float]:
     velocity = _weighted_mean(steadiness, found.evidence.amin(-1).unfold(1, 3, 1).amin(-1))
 
     fidelity = _falloff((video - drawn).abs().mean(), RESIDUAL_TOLERANCE)
-    scores = torch.stack([count, kind, colour, size, velocity, fidelity]).tolist()
-    if label is None:
-        return scores
-    classes = torch.where(found.motions < 0, -1, found.shapes * len(MOTIONS) + found.motions)
-    return [*scores, float((classes[found.is_front] == label).any())]
+    scores = torch.stack([count, kind, colour, size, velocity, fidelity])
+    if label is not None:
+        classes = torch.where(found.motions < 0, -1, found.shapes * len(MOTIONS) + found.motions)
+        scores = torch.cat([scores, (classes[found.is_front] == label).any()[None]])
+    return (scores * _belief(video, drawn)).tolist()
+
+
+def _belief(video: Tensor, drawn: Tensor) -> Tensor:
+    """How far the scene drawn again explains the clip, beyond its mean colour: from 0 to 1, which is reached early."""
+    variance = (video - video.mean((1, 2, 3), keepdim=True)).square().sum()
+    explained = 1 - (video - drawn).square().sum() / variance.clamp(min=1e-6)
+    nothing, all_of_it = EXPLAINED
+    return ((explained - nothing) / (all_of_it - nothing)).clamp(0, 1)
 
 
 def score_clips(video: Tensor, labels: Tensor | None = None) -> OracleScores:

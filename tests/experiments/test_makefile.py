@@ -45,6 +45,23 @@ def test_train_goes_on_with_a_run() -> None:
     assert out.splitlines()[-1].endswith("longtake fit --resume runs/mebt_16f/version_3 ")
 
 
+def test_evaluate_and_compare_print_their_commands() -> None:
+    words = (
+        "--dry-run",
+        "evaluate",
+        "EXP=mebt_16f",
+        "CKPT=here.ckpt",
+        "PROTOCOL=ucf101_mebt_16f",
+        "ARGS=--batch_size=2",
+    )
+    expected = (
+        "longtake evaluate --config experiments/mebt_16f.yaml --ckpt_path here.ckpt --protocol ucf101_mebt_16f "
+        "--batch_size=2"
+    )
+    assert " ".join(make(*words).stdout.split()).endswith(expected)
+    assert make("--dry-run", "compare", "RUNS=a b").stdout.splitlines()[-1].split()[1:] == ["compare", "a", "b"]
+
+
 def test_sample_asks_for_a_checkpoint_that_exists() -> None:
     result = make("sample", "EXP=mebt_16f", "CKPT=nowhere.ckpt")
     assert result.returncode != 0

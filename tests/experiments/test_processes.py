@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,16 @@ TWO_PROCESSES = ["--trainer.devices=2", "--data.batch_size=1", "--trainer.strate
 
 # Beside the tokenizer and MeBT; without dropout, whose masks each process draws for itself.
 OTHERS = {"tats": [], "commit": ["--model.dropout=0"], "walt": []}
+EVALUATION = [
+    *("--config=mebt.yaml", "--ckpt_path=runs/mebt/version_0/checkpoints/last.ckpt"),
+    *("--protocol=tiny.yaml", "--out=evaluated"),
+]
+TINY_PROTOCOL = """
+base: {shapes_16}
+data: {{class_path: MovingShapesDataModule, init_args: {{num_frames: 16, resolution: 32, num_val: 4, seed: 42}}}}
+samples: 4
+repeats: 2
+""".format(shapes_16=ROOT / "experiments/protocols/shapes_16.yaml")
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +81,9 @@ def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             *("sample", "--config=mebt.yaml", "--trainer.devices=2", "--trainer.strategy=ddp", "--out=samples"),
             *("--ckpt_path=runs/mebt/version_0/checkpoints/last.ckpt", "--num_samples=3", "--batch_size=1"),
         ],
+        ["evaluate", *EVALUATION, "--trainer.devices=2", "--trainer.strategy=ddp", "--batch_size=2"],
     ]
+    (folder / "tiny.yaml").write_text(TINY_PROTOCOL)
     (folder / "commands.json").write_text(json.dumps(commands))
     with started([sys.executable, str(HERE / "commands.py"), "commands.json"], folder) as process:
         try:
@@ -183,6 +196,19 @@ def test_two_processes_share_the_seeds_out(two_processes: Path, tiny: Path) -> N
     for name in names:
         two, one = (read_video(folder / "samples" / name).astype(float) for folder in (two_processes, tiny))
         assert np.abs(two - one).mean() < 0.5  # equal, but for what rounding and the codec make of it
+
+
+def test_two_processes_evaluate_as_one(two_processes: Path, tiny: Path) -> None:
+    (tiny / "tiny.yaml").write_text(TINY_PROTOCOL)
+    shutil.copytree(two_processes / "runs", tiny / "runs", symlinks=True)
+    main(["evaluate", *EVALUATION])
+    one, two = (json.loads((folder / "evaluated/results.json").read_text()) for folder in (tiny, two_processes))
+    assert one["protocol"]["hash"] == two["protocol"]["hash"]
+    assert one["scores"].keys() == two["scores"].keys()
+    for name, score in one["scores"].items():
+        # validation draws its masks by batch, so that a likelihood is of other masks
+        tolerance = 0.02 if name.startswith("nll") else 1e-5
+        assert two["scores"][name]["values"] == pytest.approx(score["values"], rel=tolerance, abs=1e-6), name
 
 
 def test_a_run_that_is_killed_goes_on_at_its_newest_checkpoint(tiny: Path) -> None:

@@ -211,11 +211,32 @@ def test_empty_clips_score_nothing(level: float) -> None:
     assert all(float(score) == 0 for score in scores.as_dict().values())
 
 
-def test_random_pixels_score_little_and_stay_finite() -> None:
-    video = torch.rand(2, 3, 8, 64, 64, generator=keyed_generator(7)) * 2 - 1
-    scores = score_clips(video).overall
-    assert scores.isfinite().all()
-    assert (scores < 0.7).all()
+def clouds(size: int) -> Tensor:
+    """Smooth random colours that drift, with blobs of about `size` pixels."""
+    coarse = torch.randn(1, 3, 4, 64 // size, 64 // size, generator=keyed_generator(size))
+    return (F.interpolate(coarse, size=(16, 64, 64), mode="trilinear") * 0.8).clamp(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("video", "most"),
+    [
+        (torch.rand(2, 3, 8, 64, 64, generator=keyed_generator(7)) * 2 - 1, 0.0),
+        (torch.randn(2, 3, 8, 64, 64, generator=keyed_generator(8)).clamp(-1, 1), 0.0),
+        (torch.randn(2, 3, 8, 64, 64, generator=keyed_generator(9)) * 0.4, 0.0),
+        (clouds(4), 0.0),
+        (clouds(8), 0.2),
+        (clouds(16), 0.2),
+        (torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1, 1).expand(1, 3, 8, 64, 64), 0.0),
+    ],
+    ids=["uniform", "gaussian", "faint", "fine clouds", "clouds", "large clouds", "all red"],
+)
+def test_no_object_is_seen_in_noise(video: Tensor, most: float) -> None:
+    for name, score in score_clips(video, torch.zeros(len(video), dtype=torch.int64)).as_dict().items():
+        assert (score <= most).all(), name
+
+
+def test_the_weight_of_a_clip_spares_what_tokenizers_blur() -> None:
+    assert (score_clips(blurred(clips(), 1.5)).overall > 0.85).all()
 
 
 def test_nothing_to_score_has_no_scores() -> None:
