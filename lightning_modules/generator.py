@@ -28,15 +28,34 @@ class Condition:
 
     Args:
         label: `[B]` int64 classes, or None for an unconditional model.
-        video: `[B, 3, T, H, W]` in [-1, 1] with known pixels; those that the task does not give are not read.
+        video: `[B, 3, T', H, W]` in [-1, 1] with the known pixels, from the first frame on; T' may be less than what is
+            generated. Pixels that are not known are never read.
         task: What is known of the video and what is to be made, for a model with tasks.
-        past: `[B, 3, T', H, W]` in [-1, 1], the frames that the video begins with, for a model that goes on with them.
+        known: `[T', H, W]` or `[B, T', H, W]` bool, which pixels of the video are known. None: those that the task
+            gives; without tasks, all.
     """
 
     label: Tensor | None = None
     video: Tensor | None = None
     task: str | None = None
-    past: Tensor | None = None
+    known: Tensor | None = None
+
+    def first_frames(self) -> Tensor | None:
+        """The known pixels as whole frames that the video begins with, for a model that goes on with them.
+
+        Returns:
+            `[B, 3, T', H, W]`, or None if nothing is known.
+
+        Raises:
+            ValueError: If anything else is known.
+        """
+        if self.video is None or self.known is None:
+            return self.video
+        in_frames = self.known.flatten(-2).reshape(-1, self.known.shape[-3], self.known.shape[-2] * self.known.shape[-1])
+        frames = int(in_frames[0].all(dim=-1).sum())
+        if not (in_frames[:, :frames].all() and not in_frames[:, frames:].any()):
+            raise ValueError("This model goes on with whole first frames: `known` must be True in those, False elsewhere.")
+        return self.video[:, :, :frames] if frames else None
 
 
 class VideoGenerator(LightningModule):
@@ -234,6 +253,14 @@ class VideoGenerator(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return tokenizer.decode(tokenizer.codes_to_latents(codes))
 
+    def cached_tasks(self) -> tuple[str, ...]:
+        """Tasks whose conditions are kept beside the codes of a cache, see `condition_grids`."""
+        return ()
+
+    def condition_grids(self, video: Tensor) -> dict[str, Tensor]:
+        """Codes `[B, t, h, w]` of the conditions of all `cached_tasks`, each as `task/<name>`."""
+        return {}
+
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show: `[len(seeds), 3, T, H, W]`."""
         return self.generate(Condition(), self.num_frames, seeds)
@@ -255,5 +282,5 @@ class VideoGenerator(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Generate the videos of the seeds in the batch."""
-        condition = Condition(batch.get("label"), batch.get("video"), batch.get("task"))
+        condition = Condition(batch.get("label"), batch.get("video"), batch.get("task"), batch.get("known"))
         return {"seeds": batch["seeds"], "video": self.generate(condition, batch["num_frames"], batch["seeds"])}

@@ -489,7 +489,7 @@ class WALTModule(VideoGenerator):
         """Generate videos; longer ones by encoding the last five frames again and going on (appendix A).
 
         Args:
-            condition: `label` `[B]` for a model with classes; without, each sample draws one from its seed. `past`
+            condition: `label` `[B]` for a model with classes; without, each sample draws one from its seed. `video`
                 `[B, 3, T', H, W]` for a model that predicts frames: T' = 1 + k downsample[0] first frames.
             num_frames: Pixel frames: those of the training clips, and `new_frames` more for each extension.
             seeds: `[B]` int64; sample i depends on seed i and its condition alone.
@@ -503,11 +503,12 @@ class WALTModule(VideoGenerator):
         """
         extensions = self._extensions(num_frames)
         label = self._checked_label(condition.label, seeds)
-        past = None if condition.past is None else self._checked_past(condition.past)
+        first_frames = condition.first_frames()
+        past = None if first_frames is None else self._checked_past(first_frames)
         if past is None and self.frame_prediction == 1:
             raise ValueError(
                 "This model continues videos and was never trained without their first frames: give "
-                "Condition(past=...). The command `sample` has none to give."
+                "Condition(video=...). The command `sample` has none to give."
             )
         video = self.decode_latents(self.generate_latents(seeds, label, past, sampling))
         context = 1 + self.downsample[0]
@@ -552,10 +553,10 @@ class WALTModule(VideoGenerator):
     def _checked_past(self, past: Tensor) -> Tensor:
         """Known frames as normalised latents."""
         if not self.frame_prediction:
-            raise ValueError("This model predicts no frames: generate it without past (--model.frame_prediction).")
+            raise ValueError("This model predicts no frames: generate it without a video (--model.frame_prediction).")
         fits = [1 + self.downsample[0] * (n - 1) for n in self.past_latents]
         if past.shape[2] not in fits:
-            raise ValueError(f"past has {past.shape[2]} frames; this model was trained with {sorted(fits)}.")
+            raise ValueError(f"{past.shape[2]} frames are known; this model was trained with {sorted(fits)}.")
         return self.normalised(self.encode_latents(past.to(self.device)))
 
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
@@ -567,4 +568,4 @@ class WALTModule(VideoGenerator):
             video = batch["video"] if "video" in batch else self.decode_latents(self.batch_latents(batch))
             past = video[:rows, :, :frames]
         label = batch["label"][:rows] if self.num_classes else None
-        return self.generate(Condition(label, past=past), self.num_frames, seeds)
+        return self.generate(Condition(label, video=past), self.num_frames, seeds)

@@ -32,6 +32,7 @@ Task = Literal[
 TASKS: tuple[Task, ...] = get_args(Task)  # the paper's ten, in its order, and generation from nothing
 CLASS_TASKS: tuple[Task, ...] = ("class_conditional", "class_frame_prediction")
 EMPTY_TASKS: tuple[Task, ...] = ("class_conditional", "unconditional")  # no pixel is known
+BLACK_TASKS: tuple[Task, ...] = ("dynamic_outpainting", "central_inpainting", "dynamic_inpainting")  # in their padding
 # The release has four prompts for ten tasks; inpainting takes that of outpainting.
 SHARED_PROMPTS: dict[Task, str] = {
     task: "outpainting" if "painting" in task else "frame_prediction" if "prediction" in task else task

@@ -141,7 +141,7 @@ def test_the_input_holds_the_condition_the_mask_and_the_truth(
     tokens, _ = multivariate_mask(codes, condition, is_condition, scores, count, module.network.mask_id)
     label = clips["label"] if task in CLASS_TASKS else None
     logits = module.network(tokens, label, TASKS.index(task))
-    torch.testing.assert_close(nll, F.cross_entropy(logits.transpose(1, 2), codes, reduction="none"))
+    torch.testing.assert_close(nll, F.cross_entropy(logits[:, :, 0].transpose(1, 2), codes, reduction="none"))
     assert torch.equal((kinds == REFINE), (kinds != 0) & is_condition)
     assert ((kinds == MASK).any(), (kinds == REFINE).any()) == (True, task != "class_conditional")
     if task == "frame_prediction":  # what the condition adds: other codes than the truth, at the place it is known
@@ -161,8 +161,8 @@ def test_uniform_predictions_cost_the_logarithm_of_the_codebook(
     tokenizer_bundle: Path, clips: dict[str, Tensor]
 ) -> None:
     module = make_module(tokenizer_bundle, label_smoothing=0.1)
-    nn.init.zeros_(module.network.head[2].weight)
-    nn.init.zeros_(module.network.head[2].bias)
+    nn.init.zeros_(module.network.heads[0][2].weight)
+    nn.init.zeros_(module.network.heads[0][2].bias)
     nn.init.zeros_(module.network.head_bias)
     assert module.training_step(clips, 0).item() == pytest.approx(torch.tensor(16.0).log().item(), rel=1e-5)
 
@@ -183,7 +183,7 @@ def test_pixels_and_cached_codes_give_the_same_loss_where_no_pixel_is_known(
 
 def test_cached_codes_are_refused_where_pixels_are_known(module: COMMITModule, clips: dict[str, Tensor]) -> None:
     cached = {"codes": module.window_codes(clips)[0], "label": clips["label"]}
-    with pytest.raises(ValueError, match="cannot use cached codes: give a data module with pixels"):
+    with pytest.raises(ValueError, match="codes this cache does not hold: make it with this experiment"):
         module.validation_step(cached, 0)
 
 
@@ -319,8 +319,8 @@ def test_known_pixels_reappear_if_asked_to(module: COMMITModule, clips: dict[str
 def test_a_model_that_knows_the_clip_makes_it_again(module: COMMITModule, clips: dict[str, Tensor]) -> None:
     """With the truth as logits, every task ends with the codes of the whole clip, not with the condition's."""
     codes = module.clip_codes(clips)
-    module.network.forward = lambda tokens, label, prompt: F.one_hot(codes, 16).float() * 100
-    for task in ("frame_prediction", "central_outpainting"):
+    module.network.forward = lambda tokens, label, prompt: F.one_hot(codes, 16).float()[:, :, None] * 100
+    for task in TASKS:
         made = module.generate_codes(condition(clips, task), 16, torch.arange(4))
         assert torch.equal(made.flatten(1), codes)
 
@@ -360,7 +360,9 @@ def test_a_model_of_one_task_can_be_asked_for_others(tokenizer_bundle: Path, cli
             16,
             "1 seeds were given, .* label has 2 rows",
         ),
-        (Condition(task="frame_prediction", video=torch.zeros(1, 3, 8, 32, 32)), 16, "Expected video of"),
+        (Condition(task="frame_prediction", video=torch.zeros(1, 3, 17, 32, 32)), 16, "video of 1 to 16 fr"),
+        (Condition(task="central_inpainting", video=torch.zeros(1, 3, 8, 32, 32)), 16, "Expected video of 16 frames"),
+        (Condition(task="frame_prediction", video=torch.zeros(1, 3, 16, 24, 32)), 16, "got 16 frames of 24 x 32"),
         (Condition(task="unconditional"), 8, "num_frames=8 cannot be generated: this model makes clips of 16"),
     ],
 )

@@ -436,7 +436,7 @@ def test_known_frames_reach_the_network_as_clean_latents(make: Make) -> None:
     module = make(frame_prediction=1.0)
     seen = calls(module)
     video = random_video(2, 9)
-    module.generate(Condition(past=video[:, :, :5]), 9, torch.tensor([5, 6]))
+    module.generate(Condition(video=video[:, :, :5]), 9, torch.tensor([5, 6]))
     latents = module.normalised(module.encode_latents(video))
     expected = module.past_channels(latents, torch.tensor([2, 2]))
     assert all(torch.allclose(call["past"], expected, atol=1e-6) for call in seen)
@@ -488,8 +488,8 @@ def test_a_length_that_cannot_be_made_is_refused(make: Make, changes: dict, fram
     ("changes", "condition", "message"),
     [
         ({"num_classes": 0}, Condition(torch.tensor([1])), "has no classes"),
-        ({}, Condition(past=random_video(1, 5)), "predicts no frames"),
-        ({"frame_prediction": 0.5}, Condition(past=random_video(1, 9)), r"past has 9 frames; .* trained with \[1, 5\]"),
+        ({}, Condition(video=random_video(1, 5)), "predicts no frames"),
+        ({"frame_prediction": 0.5}, Condition(video=random_video(1, 9)), r"9 frames are known; .* trained with \[1, 5\]"),
         ({"frame_prediction": 1.0}, Condition(), "never trained without their first frames"),
     ],
 )
