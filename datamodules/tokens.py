@@ -255,18 +255,14 @@ class CachedTokens(Dataset[dict[str, Any]]):
         root: Folder of the cache.
         split: Which of its splits.
         header: Of the cache.
-        task: Whose condition's codes come with each clip.
     """
 
-    def __init__(self, root: Path, split: Split, header: dict[str, Any], task: str | None = None) -> None:
+    def __init__(self, root: Path, split: Split, header: dict[str, Any]) -> None:
         self.reader = ShardReader(root / split)
         self.samples: int = header["samples"][split]
         self.copies: int = header["copies"][split]
         self.frames_per_latent: int = header["downsample"][0]
         self.fields: dict[str, str] = header["fields"]
-        self.grids = {header["kind"]: header["kind"]}
-        if task is not None:
-            self.grids["condition_codes"] = header["tasks"][task]
 
     def __len__(self) -> int:
         return self.samples
@@ -292,8 +288,8 @@ class CachedTokens(Dataset[dict[str, Any]]):
                 "window_frames": request.window_frames,
                 "margin_before": 0,
             }
-        for key, name in self.grids.items():
-            item[key] = _loaded(arrays[name][..., window, :, :], self.fields[name])
+        for name, dtype in self.fields.items():
+            item[name] = _loaded(arrays[name][..., window, :, :], dtype)
         return item
 
 
@@ -316,21 +312,20 @@ def read_codes(folder: Path, split: Split) -> tuple[dict[str, Tensor], dict[str,
 class TokenDataModule(VideoDataModule):
     """Cached codes or latents instead of pixels: `longtake tokenize` makes them, any prior trains from them.
 
-    Batches hold `codes` int64 `[B, t, h, w]` or `latents` float32 `[B, D, t, h, w]` instead of `video`, and with a task
-    `condition_codes` int64 `[B, t, h, w]`.
+    Batches hold `codes` int64 `[B, t, h, w]` or `latents` float32 `[B, D, t, h, w]` instead of `video`, and the codes
+    of the conditions of all tasks that the cache was made for, `task/<name>` int64 `[B, t, h, w]`.
 
     Args:
         root: Folder of the cache.
         num_frames: Pixel frames of a clip; must be what was tokenized.
         resolution: Height and width of the video; must be what was tokenized.
-        task: Task whose condition's codes come along; the cache must have been made with them.
         batch_size: Training clips per batch and process.
         val_batch_size: Validation clips per batch and process, `batch_size` by default.
         num_workers: Worker processes; a clip takes microseconds to read, so 0 is best for codes.
         seed: Key of the data order.
 
     Raises:
-        ValueError: If the cache was made for other clips, with another tokenizer or without the task.
+        ValueError: If the cache was made for other clips, or with another tokenizer.
     """
 
     def __init__(
@@ -338,7 +333,6 @@ class TokenDataModule(VideoDataModule):
         root: str,
         num_frames: int = 16,
         resolution: int = 128,
-        task: str | None = None,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         num_workers: int = 0,
@@ -354,7 +348,6 @@ class TokenDataModule(VideoDataModule):
         )
         self.save_hyperparameters(logger=False)
         self.root = Path(root)
-        self.task = task
         self.tokenizer_digest: str | None = None
 
     def require_tokenizer(self, digest: str) -> None:
@@ -374,12 +367,7 @@ class TokenDataModule(VideoDataModule):
                 f"{self.root} was made by tokenizer {header['tokenizer_digest'][:12]}, the model uses "
                 f"{str(self.tokenizer_digest)[:12]}. Tokenize again, or give that tokenizer (--model.tokenizer)."
             )
-        if self.task is not None and self.task not in header["tasks"]:
-            raise ValueError(
-                f"{self.root} has no condition codes of task {self.task!r} (--data.task); its tasks: "
-                f"{', '.join(header['tasks']) or 'none'}. Tokenize again with that task, or train from pixels."
-            )
-        return CachedTokens(self.root, split, header, self.task)
+        return CachedTokens(self.root, split, header)
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation `[D]` of each channel of the training latents, float32.

@@ -40,6 +40,12 @@ def _demo(args: Sequence[str]) -> None:
     main(args)
 
 
+def _tasks(args: Sequence[str]) -> None:
+    from experiments.task_sheet import main
+
+    main(args)
+
+
 def _doctor(args: Sequence[str]) -> None:
     from experiments.doctor import main
 
@@ -51,6 +57,7 @@ SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "cache-frames": ("decode the videos of a data set once, at training size", _cache_frames),
     "doctor": ("what a data set holds, what of it can be used, what is wrong with it", _doctor),
     "import-weights": ("turn a tokenizer that TATS has released into a bundle", _import_weights),
+    "tasks": ("COMMIT's ten tasks on one sheet, and what a checkpoint makes of them", _tasks),
     "demo": ("embedded video, tokenizer, prior, samples and numbers, on a CPU", _demo),
 }
 

@@ -96,6 +96,8 @@ class COMMITModule(VideoGenerator):
         ValueError: If there is no task or one twice, or one that needs what the model lacks.
     """
 
+    edits_videos = True
+
     def __init__(
         self,
         tokenizer: str,
@@ -405,6 +407,13 @@ class COMMITModule(VideoGenerator):
         """Whether the task gives pixels."""
         return self.checked_task(task) not in EMPTY_TASKS
 
+    def known_frames(self, task: str | None) -> int:
+        """Frames up to the last one of which the task gives pixels."""
+        return self._last_known(known_region(self.checked_task(task), self.clip_shape, self.hparams["past_frames"]))
+
+    def _last_known(self, known: Tensor) -> int:
+        return int(known.flatten(-2).any(-1).reshape(-1, self.num_frames).any(0).nonzero().max()) + 1
+
     def task_of(self, condition: Condition) -> Task:
         """The task of a condition: the one that it names, or of the model's the most like its own mask.
 
@@ -458,7 +467,7 @@ class COMMITModule(VideoGenerator):
             raise ValueError(f"The task {task} is generated with{'out' if task in EMPTY_TASKS else ''} a video.")
         if video is not None:
             given = known_region(task, self.clip_shape, self.hparams["past_frames"]) if known is None else known
-            needed = int(given.flatten(-2).any(-1).reshape(-1, self.num_frames).any(0).nonzero().max()) + 1
+            needed = self._last_known(given)
             frames, *size = video.shape[2:]
             if tuple(size) != self.clip_shape[1:] or not needed <= frames <= self.num_frames:
                 enough = f"{needed} to {self.num_frames}" if needed < self.num_frames else str(needed)

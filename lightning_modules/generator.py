@@ -76,6 +76,8 @@ class VideoGenerator(LightningModule):
     """
 
     tokenizer: VQGAN3D
+    frame_rate: float | None = None  # of the videos it was trained on, if it says so
+    edits_videos = False  # whether `generate` takes any video with known pixels
     sampling: Any  # the paper's sampling settings, a dataclass
 
     network: Any  # the paper's transformer; its `decayed_parameters()` are those under weight decay
@@ -279,6 +281,10 @@ class VideoGenerator(LightningModule):
     def needs_clips(self, task: str | None) -> bool:
         """Whether the task gives pixels, so that `sample` has to take clips from the data."""
         return False
+
+    def known_frames(self, task: str | None) -> int:
+        """Frames that a video must have at least, for a task to start from."""
+        return self.num_frames
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Generate the videos of the seeds in the batch."""

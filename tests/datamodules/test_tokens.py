@@ -266,24 +266,14 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, data: Any, options:
 # Tasks
 
 
-def test_a_tasks_condition_codes_come_along_when_asked_for(tmp_path: Path) -> None:
+def test_condition_codes_of_tasks_come_along(tmp_path: Path) -> None:
     def with_condition(video: Tensor) -> dict[str, Tensor]:
         return {"codes": shades(video), "task/upside_down": shades(video.flip(3))}
 
     folder = write(tmp_path / "codes", moving_shapes(), with_condition, tasks=["upside_down"])
-    clip = opened(folder, task="upside_down").datasets["train"][ClipRequest(1, window_start=4, window_frames=8)]
+    clip = opened(folder).datasets["train"][ClipRequest(1, window_start=4, window_frames=8)]
     assert clip["codes"].shape == (2, 4, 4)
-    assert torch.equal(clip["condition_codes"], clip["codes"].flip(1))
-    assert "condition_codes" not in opened(folder).datasets["train"][ClipRequest(1)]
-    with pytest.raises(
-        ValueError, match=r"no condition codes of task 'inward' \(--data.task\); its tasks: upside_down"
-    ):
-        opened(folder, task="inward")
-
-
-def test_a_cache_without_tasks_says_so(cache: Path) -> None:
-    with pytest.raises(ValueError, match=r"task 'inward' .* its tasks: none"):
-        opened(cache, task="inward")
+    assert torch.equal(clip["task/upside_down"], clip["codes"].flip(1))
 
 
 def test_a_tokenizer_that_gives_other_grids_is_refused(tmp_path: Path) -> None:

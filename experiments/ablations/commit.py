@@ -1,0 +1,368 @@
+"""COMMIT's claims on moving shapes: its masking, its way to give a condition, its decoding (MAGVIT, tables 5 and 6).
+
+- `commit_masking`: all three losses against masked tokens alone, and against masks without any condition in training.
+  The score is the NLL of unknown tokens in in- and outpainting, where all arms read the same inputs.
+- `commit_condition` (not in `short`): refined, before the sequence, or kept (MaskGIT's latent masking); fewer losses.
+- `commit_decoding` (not in `short`): frame prediction by an autoregressive transformer, MaskGIT and COMMIT.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datamodules.tokens import read_codes
+from experiments.ablations.arms import Comparison, Curve, Run, finished_run, logged_curve
+from experiments.cli import ROOT
+from lightning_modules import COMMITModule
+from lightning_modules.generator import Condition
+from models.priors.autoregressive import AutoregressiveSampling, slide
+from models.priors.commit import GIVEN, commit_loss, latent_mask
+from models.priors.decoding import seeded_noise
+from models.priors.tasks import CLASS_TASKS, EMPTY_TASKS, TASKS, Task, known_region
+from models.priors.tats import TATS
+from models.random import keyed_generator
+
+PAINTING: tuple[Task, ...] = tuple(task for task in TASKS if "painting" in task)
+PIXEL_TASKS: tuple[Task, ...] = tuple(task for task in TASKS if task not in EMPTY_TASKS)
+MASKS_EACH = 2  # random masks of each held-out clip
+KNOWN_FRAMES = 5  # in frame prediction: two latent frames, which tell the motion
+Train = Callable[[Path], tuple[Curve, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one length of the comparison means."""
+
+    seeds: int
+    steps: int
+    batch_size: int
+    num_train: int
+    num_val: int
+    num_samples: int  # clips whose pixels are compared
+    dim: int
+    depth: int
+    tokenizer: tuple[str, ...] = ()  # flags of demo_tokenizer
+
+    @property
+    def setting(self) -> str:
+        """For the reader of the table."""
+        return (
+            f"Moving shapes, 16 frames of 64 x 64, tokenizer of the demo; {self.steps} steps of {self.batch_size} clips, "
+            f"width {self.dim}, {self.depth} layers; {self.num_val} held-out clips, {MASKS_EACH} masks each; pixels of "
+            f"{self.num_samples} samples."
+        )
+
+
+FEW = ("--trainer.max_steps=4", "--trainer.val_check_interval=4", "--data.num_train=16", "--data.num_val=8")
+SIZES = {
+    "quick": Size(2, 4, 4, 8, 4, 2, 16, 1, FEW),
+    "short": Size(2, 1200, 16, 1024, 64, 16, 128, 4),
+    "long": Size(3, 30_000, 64, 16_384, 256, 128, 384, 12),
+}
+
+
+def compare(length: str, folder: Path) -> dict[str, Comparison]:
+    """Train the arms; see the module."""
+    size = SIZES[length]
+    bench = Bench(size, folder)
+    arms: dict[str, list[str]] = {
+        "COMMIT": [],
+        "mask loss only": ["--model.losses=[mask]"],
+        "no condition in training": ["--model.tasks=[unconditional]"],
+    }
+    runs = [bench.marginal(), *bench.runs(arms, PAINTING)]
+    title = "COMMIT's masking"
+    found = {"commit_masking": Comparison(title, runs, "nll unknown", True, "validation NLL, nats", size.setting)}
+    if length == "short":
+        return found
+    arms = {
+        "COMMIT": [],
+        "mask and reconstruct": ["--model.losses=[mask, reconstruct]"],
+        "prefix condition": ["--model.masking=prefix"],
+        "latent masking": ["--model.masking=latent"],
+    }
+    runs = bench.runs(arms, PAINTING)
+    title = "How a condition is given"
+    found["commit_condition"] = Comparison(
+        title, runs, "nll unknown", True, "validation NLL, nats", size.setting
+    )
+    runs = bench.decoding_runs()
+    title = "Decoding"
+    found["commit_decoding"] = Comparison(
+        title, runs, "psnr new", False, "NLL, nats", size.setting + f" Frame prediction from {KNOWN_FRAMES} frames."
+    )
+    return found
+
+
+class Bench:
+    """A tokenizer, cached codes and conditions, held-out clips: what all arms share."""
+
+    def __init__(self, size: Size, folder: Path) -> None:
+        self.size, self.folder = size, folder
+        self.tokenizer, self.codes = folder / "tokenizer", folder / "codes"
+        self._make()
+        clips = self._val_clips()
+        self.clips = {name: clips[name][: size.num_val] for name in ("video", "label")}
+
+    def _make(self) -> None:
+        from experiments.export import main as export
+        from experiments.lightning_cli import run
+
+        if not self.tokenizer.exists():
+            place = f"--run_root={self.folder / 'tokenizers'}"
+            run(["fit", f"--config={ROOT / 'experiments/demo_tokenizer.yaml'}", place, *self.size.tokenizer])
+            checkpoints = self.folder.glob("tokenizers/demo_tokenizer/version_*/checkpoints/last.ckpt")
+            export([str(max(checkpoints)), str(self.tokenizer)])
+        run(["tokenize", *self.experiment("demo_commit"), *self._pixels(), f"--out={self.codes}"])
+
+    def experiment(self, name: str) -> list[str]:
+        """Command line of a COMMIT on the demo's tokenizer."""
+        return [
+            f"--config={ROOT / 'experiments' / name}.yaml",
+            f"--model.tokenizer={self.tokenizer}",
+            f"--model.dim={self.size.dim}",
+            f"--model.depth={self.size.depth}",
+            "--model.num_heads=8",
+        ]
+
+    def _pixels(self) -> list[str]:
+        return [f"--data.num_train={self.size.num_train}", f"--data.num_val={self.size.num_val}"]
+
+    def _val_clips(self) -> dict[str, Tensor]:
+        from datamodules import MovingShapesDataModule
+        from experiments.lightning_cli import expanded_configs
+
+        import yaml
+
+        data: dict[str, Any] = {}
+        for file in expanded_configs(ROOT / "experiments/demo_commit.yaml"):
+            data |= (yaml.safe_load(file.read_text()).get("data") or {}).get("init_args", {})
+        module = MovingShapesDataModule(**data | {"num_val": self.size.num_val, "seed": 42, "batch_size": 8})
+        module.setup("validate")
+        batches = list(module.ordered_dataloader("val"))
+        return {name: torch.cat([batch[name] for batch in batches]) for name in ("video", "label")}
+
+    def fit(self, place: Path, seed: int, flags: list[str]) -> tuple[COMMITModule, Curve]:
+        """Train a COMMIT from the cache."""
+        from experiments.lightning_cli import run
+
+        cli = run(
+            [
+                "fit",
+                *self.experiment("demo_commit"),
+                "--data=TokenDataModule",
+                f"--data.root={self.codes}",
+                f"--data.batch_size={self.size.batch_size}",
+                f"--seed_everything={seed}",
+                f"--trainer.max_steps={self.size.steps}",
+                f"--trainer.val_check_interval={max(1, self.size.steps // 8)}",
+                "--samples.at_validation=false",
+                "--trainer.enable_progress_bar=false",
+                f"--run_root={place}",
+                "--run_name=commit",
+                *flags,
+            ]
+        )
+        return cli.model.eval(), logged_curve(Path(cli.trainer.log_dir), "val/loss")
+
+    def runs(self, arms: dict[str, list[str]], tasks: tuple[Task, ...]) -> list[Run]:
+        """All arms with all seeds."""
+
+        def train(flags: list[str], seed: int) -> Train:
+            def finished(place: Path) -> tuple[Curve, dict[str, float]]:
+                module, curve = self.fit(place, seed, flags)
+                return curve, self.token_scores(module, tasks) | self.pixel_scores(module)
+
+            return finished
+
+        return [
+            finished_run(self.folder, arm, seed, train(flags, seed))
+            for arm, flags in arms.items()
+            for seed in range(self.size.seeds)
+        ]
+
+    # Scores
+
+    @torch.no_grad()
+    def token_scores(self, module: COMMITModule, tasks: tuple[Task, ...]) -> dict[str, float]:
+        """NLL and accuracy of held-out tokens under masks that are the same for all arms.
+
+        Unknown tokens are masked and carry no condition; known ones carry one and are to be refined, which is compared
+        with copying the condition. What an arm is shown of the condition is what it will have when it generates: the
+        codes of the padded video.
+        """
+        video, label = self.clips["video"], self.clips["label"]
+        codes = module.encode_video(video).flatten(1)
+        scores: dict[str, list[float]] = {}
+        for task in PIXEL_TASKS:
+            is_condition = module.condition_tokens(task).expand_as(codes)
+            condition = module.condition_codes({"video": video}, task, len(codes))
+            batch = {"video": video, "label": label, module.condition_name(task): condition}
+            unknown, known = torch.zeros(3), torch.zeros(4)
+            for number in range(MASKS_EACH):
+                count, order = module.random_mask_of(len(codes), keyed_generator(7, number))
+                if module.network.masking == "latent":
+                    tokens, kinds = latent_mask(codes, is_condition, order, count, module.network.mask_id)
+                    given = condition.where(is_condition, tokens)
+                    wanted = label if task in CLASS_TASKS else None
+                    logits = module.network(given, wanted, module.prompt(task))
+                else:
+                    logits, kinds = module.predictions(batch, task, codes, (count, order))
+                nll = module.network.nll(logits, codes)
+                right = (logits.argmax(-1)[..., 0] == codes).float()
+                is_hidden = (kinds != 0) & (kinds != GIVEN)
+                for total, where in ((unknown, is_hidden & ~is_condition), (known, is_hidden & is_condition)):
+                    total[:3] += torch.stack([nll[where].sum(), right[where].sum(), where.sum()])
+                known[3] += (condition == codes)[is_hidden & is_condition].sum()
+            per_task = {"nll unknown": unknown[0] / unknown[2], "accuracy unknown": unknown[1] / unknown[2]}
+            if known[2]:
+                per_task |= {
+                    "nll known": known[0] / known[2],
+                    "accuracy known": known[1] / known[2],
+                    "accuracy of copying": known[3] / known[2],
+                }
+            for name, value in per_task.items():
+                if task in tasks:
+                    scores.setdefault(name, []).append(float(value))
+                scores[f"{name}, {task}"] = [float(value)]
+        return {name: sum(values) / len(values) for name, values in scores.items()}
+
+    @torch.no_grad()
+    def pixel_scores(self, module: COMMITModule) -> dict[str, float]:
+        """How far the known pixels of samples are below the tokenizer's own reconstruction, in dB; at most 1 is wanted."""
+        video = self.clips["video"][: self.size.num_samples]
+        made_again = module.decode_codes(module.encode_video(video))
+        scores = {}
+        groups = {"interpolation": PIXEL_TASKS[1:2], "outpainting": PAINTING[:4], "inpainting": PAINTING[4:]}
+        for group, tasks in groups.items():
+            gaps = []
+            for task in tasks:
+                known = known_region(task, module.clip_shape)
+                sample = module.generate(Condition(video=video, task=task), module.num_frames, torch.arange(len(video)))
+                gaps.append(psnr(made_again, video, known) - psnr(sample, video, known))
+            scores[f"known pixels, {group}, dB below"] = sum(gaps) / len(gaps)
+        return scores
+
+    def marginal(self) -> Run:
+        """Codes drawn by their frequency in training, whatever the condition."""
+        train, about = read_codes(self.codes, "train")
+        val, _ = read_codes(self.codes, "val")
+        counts = train["codes"].flatten().bincount(minlength=about["codebook_size"]) + 1.0
+        p = counts / counts.sum()
+        nll = float(-p[val["codes"]].log().mean())
+        accuracy = float((val["codes"] == p.argmax()).float().mean())
+        # constants need no seeds: two runs that agree
+        scores = {"nll unknown": nll, "accuracy unknown": accuracy}
+        return Run("frequencies of codes", 0, 0.0, [(0, nll), (self.size.steps, nll)], scores)
+
+    # Decoding
+
+    def decoding_runs(self) -> list[Run]:
+        """AR, MaskGIT and COMMIT on the same tokens."""
+        runs = []
+        for seed in range(self.size.seeds):
+            for arm, flags in (("COMMIT", []), ("MaskGIT", ["--model.masking=latent"])):
+                flags = [*flags, "--model.tasks=[frame_prediction]", f"--model.past_frames={KNOWN_FRAMES}"]
+                runs.append(finished_run(self.folder, f"{arm} decoding", seed, self._train_masked(seed, flags)))
+            runs.append(finished_run(self.folder, "AR decoding", seed, self._train_autoregressive(seed)))
+        return runs
+
+    def _train_masked(self, seed: int, flags: list[str]) -> Train:
+        def finished(place: Path) -> tuple[Curve, dict[str, float]]:
+            from experiments.lightning_cli import run
+
+            codes = self.folder / "codes_of_prediction"
+            run(["tokenize", *self.experiment("demo_commit"), *self._pixels(), *flags[-2:], f"--out={codes}"])
+            module, curve = self.fit(place, seed, [*flags, f"--data.root={codes}"])
+            seeds = torch.arange(self.size.num_samples)
+
+            def sample(video: Tensor) -> Tensor:
+                return module.generate_codes(Condition(video=video, task="frame_prediction"), module.num_frames, seeds)
+
+            return curve, self.prediction_scores(module, sample)
+
+        return finished
+
+    def _train_autoregressive(self, seed: int) -> Train:
+        """TATS' transformer after the condition's tokens, in a loop of its own: no module has such a prefix."""
+
+        def finished(place: Path) -> tuple[Curve, dict[str, float]]:
+            module = COMMITModule(
+                str(self.tokenizer), 16, 64, codebook_size=256, tasks=["frame_prediction"], past_frames=KNOWN_FRAMES
+            )
+            module.load_tokenizer()
+            train, about = read_codes(self.folder / "codes_of_prediction", "train")
+            known = module.condition_tokens("frame_prediction")
+            codes = train["codes"].flatten(1)
+            condition = train[module.condition_name("frame_prediction")].flatten(1)[:, known]  # [n, C]
+            size = about["codebook_size"]
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                network = TATS(
+                    size,
+                    module.latent_shape,
+                    self.size.dim,
+                    self.size.depth,
+                    8,
+                    size,
+                    condition.shape[1],
+                    position_init="sinusoidal",
+                    init_std=0.06,
+                )
+            optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.96), weight_decay=0.045)
+            curve: Curve = []
+            for step in range(self.size.steps):
+                rows = torch.randint(len(codes), (self.size.batch_size,), generator=keyed_generator(seed, step))
+                warm = min(1.0, (step + 1) / 50)
+                optimizer.param_groups[0]["lr"] = (
+                    1e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / self.size.steps))
+                )
+                logits = network.code_logits(codes[rows], condition[rows])
+                loss = F.cross_entropy(logits.flatten(0, 1), size + codes[rows].flatten())
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                if step % max(1, self.size.steps // 8) == 0 or step == self.size.steps - 1:
+                    curve.append((step, float(loss)))
+            network.eval()
+            noise = seeded_noise(torch.arange(self.size.num_samples), "cpu")
+
+            @torch.no_grad()
+            def sample(video: Tensor) -> Tensor:
+                tokens = module.condition_codes({"video": video}, "frame_prediction", len(video))[:, known]
+                start = network.condition_tokens(len(video), tokens)
+                drawn = slide(network, start, module.latent_shape[0], AutoregressiveSampling(), noise)
+                return drawn.unflatten(2, module.latent_shape[1:])
+
+            return curve, self.prediction_scores(module, sample)
+
+        return finished
+
+    @torch.no_grad()
+    def prediction_scores(self, module: COMMITModule, sample: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """How samples continue held-out clips, whose motion the first frames tell."""
+        video = self.clips["video"][: self.size.num_samples]
+        start = time.perf_counter()
+        codes = sample(video)
+        seconds = (time.perf_counter() - start) / len(video)
+        new = ~known_region("frame_prediction", module.clip_shape, KNOWN_FRAMES)
+        right = (codes == module.encode_video(video)).float()[:, KNOWN_FRAMES // module.downsample[0] + 1 :].mean()
+        return {
+            "psnr new": psnr(module.decode_codes(codes), video, new),
+            "accuracy new": float(right),
+            "seconds a clip": seconds,
+        }
+
+
+def psnr(made: Tensor, video: Tensor, where: Tensor) -> float:
+    """PSNR in dB over the pixels `[T, H, W]` of all clips, of videos in [-1, 1]."""
+    error = (made - video).square().movedim(1, -1)[:, where].mean()
+    return float(10 * (4 / error).log10())
