@@ -1,4 +1,4 @@
-"""`longtake tasks`: COMMIT's ten tasks on one sheet, what each gives, which tokens that makes conditions, what is made."""
+"""`longtake tasks`: COMMIT's ten tasks on one sheet: what each gives, and which tokens that makes conditions."""
 
 import argparse
 from collections.abc import Sequence

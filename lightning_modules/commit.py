@@ -150,8 +150,8 @@ class COMMITModule(VideoGenerator):
             raise ValueError(f"tasks={list(tasks)}: expected different ones, at least one (--model.tasks).")
         if len(weights) != len(tasks) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
-                f"task_weights={weights}: expected a number for each of {len(tasks)} tasks, none negative, not all zero "
-                "(--model.task_weights)."
+                f"task_weights={weights}: expected a number for each of {len(tasks)} tasks, none negative, not all "
+                "zero (--model.task_weights)."
             )
         self.task_weights = torch.tensor(weights)
         if not losses or set(losses) - set(LOSS_PARTS):
@@ -458,8 +458,8 @@ class COMMITModule(VideoGenerator):
             known = F.pad(known, (0, 0, 0, 0, 0, missing)).to(self.device)
             if known.all() or not known.any():
                 raise ValueError(
-                    f"The mask says that {'all' if known.all() else 'none'} of the pixels are known: expected some that "
-                    "are, and some to be made (--mask)."
+                    f"The mask says that {'all' if known.all() else 'none'} of the pixels are known: expected some "
+                    "that are, and some to be made (--mask)."
                 )
             condition = replace(condition, known=known)
         task = self.task_of(condition)

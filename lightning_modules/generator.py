@@ -51,10 +51,14 @@ class Condition:
         """
         if self.video is None or self.known is None:
             return self.video
-        in_frames = self.known.flatten(-2).reshape(-1, self.known.shape[-3], self.known.shape[-2] * self.known.shape[-1])
+        in_frames = self.known.flatten(-2).reshape(
+            -1, self.known.shape[-3], self.known.shape[-2] * self.known.shape[-1]
+        )
         frames = int(in_frames[0].all(dim=-1).sum())
         if not (in_frames[:, :frames].all() and not in_frames[:, frames:].any()):
-            raise ValueError("This model goes on with whole first frames: `known` must be True in those, False elsewhere.")
+            raise ValueError(
+                "This model goes on with whole first frames: `known` must be True in those, False elsewhere."
+            )
         return self.video[:, :, :frames] if frames else None
 
 

@@ -1,6 +1,7 @@
 """COMMIT's claims on moving shapes: its masking, its way to give a condition, its decoding (MAGVIT, tables 5 and 6).
 
-- `commit_masking`: all three losses against masked tokens alone, and against masks without any condition in training.
+- `commit_masking` (and `commit_tasks.md`, task by task): all three losses against masked tokens alone, and against
+  masks without any condition in training.
   The score is the NLL of unknown tokens in in- and outpainting, where all arms read the same inputs.
 - `commit_condition` (not in `short`): refined, before the sequence, or kept (MaskGIT's latent masking); fewer losses.
 - `commit_decoding` (not in `short`): frame prediction by an autoregressive transformer, MaskGIT and COMMIT.
@@ -9,12 +10,13 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from datamodules.tokens import read_codes
@@ -23,7 +25,7 @@ from experiments.cli import ROOT
 from lightning_modules import COMMITModule
 from lightning_modules.generator import Condition
 from models.priors.autoregressive import AutoregressiveSampling, slide
-from models.priors.commit import GIVEN, commit_loss, latent_mask
+from models.priors.commit import GIVEN, latent_mask, num_corrupted_tokens
 from models.priors.decoding import seeded_noise
 from models.priors.tasks import CLASS_TASKS, EMPTY_TASKS, TASKS, Task, known_region
 from models.priors.tats import TATS
@@ -54,7 +56,7 @@ class Size:
     def setting(self) -> str:
         """For the reader of the table."""
         return (
-            f"Moving shapes, 16 frames of 64 x 64, tokenizer of the demo; {self.steps} steps of {self.batch_size} clips, "
+            f"Moving shapes, 16 frames of 64 x 64, the demo's tokenizer; {self.steps} steps of {self.batch_size} clips, "
             f"width {self.dim}, {self.depth} layers; {self.num_val} held-out clips, {MASKS_EACH} masks each; pixels of "
             f"{self.num_samples} samples."
         )
@@ -62,7 +64,7 @@ class Size:
 
 FEW = ("--trainer.max_steps=4", "--trainer.val_check_interval=4", "--data.num_train=16", "--data.num_val=8")
 SIZES = {
-    "quick": Size(2, 4, 4, 8, 4, 2, 16, 1, FEW),
+    "quick": Size(1, 4, 4, 8, 4, 2, 16, 1, FEW),
     "short": Size(2, 1200, 16, 1024, 64, 16, 128, 4),
     "long": Size(3, 30_000, 64, 16_384, 256, 128, 384, 12),
 }
@@ -77,9 +79,11 @@ def compare(length: str, folder: Path) -> dict[str, Comparison]:
         "mask loss only": ["--model.losses=[mask]"],
         "no condition in training": ["--model.tasks=[unconditional]"],
     }
-    runs = [bench.marginal(), *bench.runs(arms, PAINTING)]
-    title = "COMMIT's masking"
-    found = {"commit_masking": Comparison(title, runs, "nll unknown", True, "validation NLL, nats", size.setting)}
+    runs = [*bench.runs(arms), bench.marginal()]
+    write_tasks(runs, folder.parent / "commit_tasks.md")
+    watched = "validation NLL of the arm's own tasks, nats"
+    title = "COMMIT's masking: in- and outpainting"
+    found = {"commit_masking": Comparison(title, summaries(runs), "nll unknown", True, watched, size.setting)}
     if length == "short":
         return found
     arms = {
@@ -88,17 +92,43 @@ def compare(length: str, folder: Path) -> dict[str, Comparison]:
         "prefix condition": ["--model.masking=prefix"],
         "latent masking": ["--model.masking=latent"],
     }
-    runs = bench.runs(arms, PAINTING)
-    title = "How a condition is given"
-    found["commit_condition"] = Comparison(
-        title, runs, "nll unknown", True, "validation NLL, nats", size.setting
-    )
+    runs = summaries(bench.runs(arms))
+    title = "How a condition is given: in- and outpainting"
+    found["commit_condition"] = Comparison(title, runs, "nll unknown", True, watched, size.setting)
     runs = bench.decoding_runs()
     title = "Decoding"
     found["commit_decoding"] = Comparison(
         title, runs, "psnr new", False, "NLL, nats", size.setting + f" Frame prediction from {KNOWN_FRAMES} frames."
     )
     return found
+
+
+def summaries(runs: list[Run]) -> list[Run]:
+    """The same runs with the scores that are no single task's; NaN where an arm has no such score."""
+    names = list(dict.fromkeys(name for run in runs for name in run.scores if ", " not in name or "dB" in name))
+    return [replace(run, scores={name: run.scores.get(name, math.nan) for name in names}) for run in runs]
+
+
+def write_tasks(runs: list[Run], file: Path) -> None:
+    """Write NLL and accuracy of unknown tokens by task, each the mean over an arm's seeds."""
+    arms = list(dict.fromkeys(run.arm for run in runs))
+
+    def cell(arm: str, score: str, task: str) -> str:
+        values = [run.scores.get(f"{score}, {task}", run.scores[score]) for run in runs if run.arm == arm]
+        return f"{sum(values) / len(values):.3f}"
+
+    lines = [
+        "| task | " + " | ".join(f"{arm}: NLL, accuracy" for arm in arms) + " |",
+        "| --- |" + " --- |" * len(arms),
+        *(
+            f"| {task} | "
+            + " | ".join(f"{cell(arm, 'nll unknown', task)}, {cell(arm, 'accuracy unknown', task)}" for arm in arms)
+            + " |"
+            for task in PIXEL_TASKS
+        ),
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
 
 
 class Bench:
@@ -139,8 +169,6 @@ class Bench:
         from datamodules import MovingShapesDataModule
         from experiments.lightning_cli import expanded_configs
 
-        import yaml
-
         data: dict[str, Any] = {}
         for file in expanded_configs(ROOT / "experiments/demo_commit.yaml"):
             data |= (yaml.safe_load(file.read_text()).get("data") or {}).get("init_args", {})
@@ -172,13 +200,13 @@ class Bench:
         )
         return cli.model.eval(), logged_curve(Path(cli.trainer.log_dir), "val/loss")
 
-    def runs(self, arms: dict[str, list[str]], tasks: tuple[Task, ...]) -> list[Run]:
+    def runs(self, arms: dict[str, list[str]]) -> list[Run]:
         """All arms with all seeds."""
 
         def train(flags: list[str], seed: int) -> Train:
             def finished(place: Path) -> tuple[Curve, dict[str, float]]:
                 module, curve = self.fit(place, seed, flags)
-                return curve, self.token_scores(module, tasks) | self.pixel_scores(module)
+                return curve, self.token_scores(module) | self.pixel_scores(module)
 
             return finished
 
@@ -191,12 +219,12 @@ class Bench:
     # Scores
 
     @torch.no_grad()
-    def token_scores(self, module: COMMITModule, tasks: tuple[Task, ...]) -> dict[str, float]:
+    def token_scores(self, module: COMMITModule) -> dict[str, float]:
         """NLL and accuracy of held-out tokens under masks that are the same for all arms.
 
         Unknown tokens are masked and carry no condition; known ones carry one and are to be refined, which is compared
         with copying the condition. What an arm is shown of the condition is what it will have when it generates: the
-        codes of the padded video.
+        codes of the padded video. Each score is a mean over in- and outpainting; by task, it is `<score>, <task>`.
         """
         video, label = self.clips["video"], self.clips["label"]
         codes = module.encode_video(video).flatten(1)
@@ -207,7 +235,7 @@ class Bench:
             batch = {"video": video, "label": label, module.condition_name(task): condition}
             unknown, known = torch.zeros(3), torch.zeros(4)
             for number in range(MASKS_EACH):
-                count, order = module.random_mask_of(len(codes), keyed_generator(7, number))
+                count, order = random_masks(codes, number)
                 if module.network.masking == "latent":
                     tokens, kinds = latent_mask(codes, is_condition, order, count, module.network.mask_id)
                     given = condition.where(is_condition, tokens)
@@ -229,14 +257,14 @@ class Bench:
                     "accuracy of copying": known[3] / known[2],
                 }
             for name, value in per_task.items():
-                if task in tasks:
+                if task in PAINTING:
                     scores.setdefault(name, []).append(float(value))
                 scores[f"{name}, {task}"] = [float(value)]
         return {name: sum(values) / len(values) for name, values in scores.items()}
 
     @torch.no_grad()
     def pixel_scores(self, module: COMMITModule) -> dict[str, float]:
-        """How far the known pixels of samples are below the tokenizer's own reconstruction, in dB; at most 1 is wanted."""
+        """How far known pixels of samples are below the tokenizer's own reconstruction, in dB; at most 1 is wanted."""
         video = self.clips["video"][: self.size.num_samples]
         made_again = module.decode_codes(module.encode_video(video))
         scores = {}
@@ -258,7 +286,6 @@ class Bench:
         p = counts / counts.sum()
         nll = float(-p[val["codes"]].log().mean())
         accuracy = float((val["codes"] == p.argmax()).float().mean())
-        # constants need no seeds: two runs that agree
         scores = {"nll unknown": nll, "accuracy unknown": accuracy}
         return Run("frequencies of codes", 0, 0.0, [(0, nll), (self.size.steps, nll)], scores)
 
@@ -321,9 +348,7 @@ class Bench:
             for step in range(self.size.steps):
                 rows = torch.randint(len(codes), (self.size.batch_size,), generator=keyed_generator(seed, step))
                 warm = min(1.0, (step + 1) / 50)
-                optimizer.param_groups[0]["lr"] = (
-                    1e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / self.size.steps))
-                )
+                optimizer.param_groups[0]["lr"] = 1e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / self.size.steps))
                 logits = network.code_logits(codes[rows], condition[rows])
                 loss = F.cross_entropy(logits.flatten(0, 1), size + codes[rows].flatten())
                 optimizer.zero_grad()
@@ -360,6 +385,14 @@ class Bench:
             "accuracy new": float(right),
             "seconds a clip": seconds,
         }
+
+
+def random_masks(codes: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """How many tokens of each clip are corrupted `[B]`, and scores that say which `[B, N]`: the same for all arms."""
+    generator = keyed_generator(7, number)
+    ratios = torch.rand(len(codes), generator=generator).tolist()
+    counts = [num_corrupted_tokens("cosine", ratio, codes.shape[1]) for ratio in ratios]
+    return torch.tensor(counts), torch.rand(codes.shape, generator=generator)
 
 
 def psnr(made: Tensor, video: Tensor, where: Tensor) -> float:

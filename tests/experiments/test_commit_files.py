@@ -123,7 +123,7 @@ def test_experiment_learns_in_twenty_steps_at_toy_size(
     cli = run(["fit", f"--config={FILES[name]}", *(f"--{key}={value}" for key, value in flags.items())])
     assert cli.config.fit.run_name == name
     assert cli.trainer.global_step == len(losses) == 20
-    assert losses[0] == pytest.approx(math.log(16), abs=0.1)
+    assert losses[0] == pytest.approx(math.log(16), abs=0.4)
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
     tasks = merged(FILES[name])["model"]["init_args"]["tasks"]
     assert {"train/loss", "val/loss", *(f"val/loss_{task}" for task in tasks)} <= cli.trainer.callback_metrics.keys()
@@ -139,6 +139,7 @@ def commit_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         "codebook_size": 16,
         "tasks": ["class_conditional", "frame_prediction", "dynamic_inpainting"],
         "num_classes": 12,
+        "frame_rate": 10,
         "dim": 32,
         "depth": 2,
         "num_heads": 2,
@@ -236,7 +237,13 @@ def test_a_video_file_is_edited_and_shown_beside_what_was_given(
     monkeypatch.chdir(tmp_path)
     paste = "--model.sampling.paste_known=true"
     sample(
-        commit_run, "--task=inpaint_dynamic", f"--input={clip_file}", "--start=2", "--num_samples=2", paste, "--out=made"
+        commit_run,
+        "--task=inpaint_dynamic",
+        f"--input={clip_file}",
+        "--start=2",
+        "--num_samples=2",
+        paste,
+        "--out=made",
     )
     results = [read_video(Path(f"made/seed=00000{seed}.mp4")).astype(float) for seed in (0, 1)]
     edit = read_video(Path("made/seed=000000_edit.mp4")).astype(float)
@@ -272,13 +279,17 @@ def test_a_mask_of_ones_own_says_what_is_made(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task=inpaint_central", "--start=3"], r"has 18 frames, too few for 16 from frame 3 on \(--start\)"),
+        (["--task=inpaint_dynamic", "--start=3"], r"has 18 frames, too few for 16 from frame 3 on \(--start\)"),
         (["--task=class", "--label=1"], "The task class_conditional does not start from a video: leave out --input"),
         (["--mask=none.png"], r"No mask at none.png \(--mask\)"),
         (["--mask=small.png"], r"shows 32 x 32 pixels, and the video .*clip.mp4 48 x 40: give one of the same size"),
         (["--mask=black.png"], r"all of the pixels are known: expected some that are, and some to be made \(--mask\)"),
-        (["--task=inpaint_central", "--input=none.mp4"], r"No video at none.mp4 \(--input\)"),
-        (["--task=inpaint_central", "--model.frame_rate=25"], "has 10 frames a second, .* trained on 25. Convert it"),
+        (["--task=inpaint_dynamic", "--input=none.mp4"], r"No video at none.mp4 \(--input\)"),
+        (
+            ["--task=predict", "--input=fast.mp4"],
+            "has 25 frames a second, and this model was trained on 10. Convert it",
+        ),
+        (["--task=predict", "--input=little.mp4"], r"shows 48 x 24 pixels, and this model makes 32 x 32: give a video"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(
@@ -292,6 +303,8 @@ def test_inputs_that_do_not_fit_are_refused(
     monkeypatch.chdir(tmp_path)
     Image.new("L", (32, 32), 255).save("small.png")
     Image.new("L", (48, 40), 0).save("black.png")
+    write_mp4("fast.mp4", np.zeros((2, 40, 48, 3), np.uint8), 25)
+    write_mp4("little.mp4", np.zeros((2, 24, 48, 3), np.uint8), 10)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         sample(commit_run, f"--input={clip_file}", "--num_samples=1", "--out=made", *words)
 

@@ -307,7 +307,8 @@ def test_cached_conditions_give_the_loss_of_pixels(module: COMMITModule, clips: 
 
 def test_caches_of_other_past_frames_are_not_taken(tokenizer_bundle: Path) -> None:
     names = [
-        make_module(tokenizer_bundle, tasks=["frame_prediction"], past_frames=frames).cached_tasks() for frames in (1, 5)
+        make_module(tokenizer_bundle, tasks=["frame_prediction"], past_frames=frames).cached_tasks()
+        for frames in (1, 5)
     ]
     assert names == [("frame_prediction",), ("frame_prediction_5",)]
 

@@ -489,7 +489,11 @@ def test_a_length_that_cannot_be_made_is_refused(make: Make, changes: dict, fram
     [
         ({"num_classes": 0}, Condition(torch.tensor([1])), "has no classes"),
         ({}, Condition(video=random_video(1, 5)), "predicts no frames"),
-        ({"frame_prediction": 0.5}, Condition(video=random_video(1, 9)), r"9 frames are known; .* trained with \[1, 5\]"),
+        (
+            {"frame_prediction": 0.5},
+            Condition(video=random_video(1, 9)),
+            r"9 frames are known; .* trained with \[1, 5\]",
+        ),
         ({"frame_prediction": 1.0}, Condition(), "never trained without their first frames"),
     ],
 )

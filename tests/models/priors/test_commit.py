@@ -1,6 +1,7 @@
 """COMMIT: its size, its mask, its loss and its decoding, against MAGVIT's equations and counts."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -471,7 +472,7 @@ def test_every_token_is_drawn_at_exactly_one_step() -> None:
     is_condition = torch.arange(96) < 40
     out = commit_decode(model, torch.full((2, 96), 11), is_condition, COMMITDecoding(12), noise)
     open_after = [96, *(num_corrupted_tokens("cosine", step / 12, 96) for step in range(1, 12)), 0]
-    expected = [before - after for before, after in zip(open_after[:-1], open_after[1:], strict=True)]
+    expected = [before - after for before, after in pairwise(open_after)]
     assert out[0].bincount(minlength=12).tolist() == out[1].bincount(minlength=12).tolist() == expected
     assert expected[-1] == open_after[-2] > 0
 
