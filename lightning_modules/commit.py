@@ -432,7 +432,7 @@ class COMMITModule(VideoGenerator):
         known, past_frames = condition.known, self.hparams["past_frames"]
         closest = closest_task(known, tasks, past_frames)
         if (known_region(closest, self.clip_shape, past_frames, known.device) == known).all():
-            return closest
+            return closest  # the mask is a task's
         return closest_task(known, [task for task in tasks if task in BLACK_TASKS] or tasks, past_frames)
 
     def whole_clips(self, condition: Condition) -> Condition:
@@ -466,8 +466,10 @@ class COMMITModule(VideoGenerator):
         if (video is None) != (task in EMPTY_TASKS):
             raise ValueError(f"The task {task} is generated with{'out' if task in EMPTY_TASKS else ''} a video.")
         if video is not None:
-            given = known_region(task, self.clip_shape, self.hparams["past_frames"]) if known is None else known
-            needed = self._last_known(given)
+            region = known_region(task, self.clip_shape, self.hparams["past_frames"], self.device)
+            if known is not None and (known == region).all():  # the task itself, with its own padding
+                condition = replace(condition, known=None)
+            needed = self._last_known(region if known is None else known)
             frames, *size = video.shape[2:]
             if tuple(size) != self.clip_shape[1:] or not needed <= frames <= self.num_frames:
                 enough = f"{needed} to {self.num_frames}" if needed < self.num_frames else str(needed)

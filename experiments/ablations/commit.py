@@ -56,7 +56,7 @@ class Size:
     def setting(self) -> str:
         """For the reader of the table."""
         return (
-            f"Moving shapes, 16 frames of 64 x 64, the demo's tokenizer; {self.steps} steps of {self.batch_size} clips, "
+            f"Moving shapes, 16 frames of 64 x 64, the demo's tokenizer; {self.steps} steps of {self.batch_size}, "
             f"width {self.dim}, {self.depth} layers; {self.num_val} held-out clips, {MASKS_EACH} masks each; pixels of "
             f"{self.num_samples} samples."
         )
@@ -322,7 +322,15 @@ class Bench:
 
         def finished(place: Path) -> tuple[Curve, dict[str, float]]:
             module = COMMITModule(
-                str(self.tokenizer), 16, 64, codebook_size=256, tasks=["frame_prediction"], past_frames=KNOWN_FRAMES
+                str(self.tokenizer),
+                num_frames=16,
+                resolution=64,
+                codebook_size=256,
+                tasks=["frame_prediction"],
+                past_frames=KNOWN_FRAMES,
+                dim=8,  # for its tokenizer and its tasks only
+                depth=1,
+                num_heads=1,
             )
             module.load_tokenizer()
             train, about = read_codes(self.folder / "codes_of_prediction", "train")

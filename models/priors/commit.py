@@ -347,7 +347,7 @@ def commit_loss(
     Returns:
         The loss, nats per token, and what refining, masking and reconstruction contribute: they add up to it.
     """
-    weight = sum(kinds == LOSS_PARTS[name] for name in trained)  # [B, N] 0 or 1
+    weight = torch.stack([kinds == LOSS_PARTS[name] for name in trained]).any(dim=0)  # [B, N]
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1) / len(nll)
     parts = {name: (nll * weight * (kinds == kind)).sum() for name, kind in LOSS_PARTS.items()}
     return (nll * weight).sum(), parts

@@ -476,6 +476,9 @@ def test_the_mask_of_a_task_is_that_task(module: COMMITModule, clips: dict[str, 
         assert module.task_of(Condition(video=clips["video"], known=known)) == task
         padded, _ = module.padded(module.whole_clips(Condition(video=clips["video"], task=task)))
         assert torch.equal(padded, padded_video(clips["video"], task))
+        by_mask = Condition(video=clips["video"], known=known)
+        codes = [module.generate_codes(c, 16, torch.arange(4)) for c in (by_mask, condition(clips, task))]
+        assert torch.equal(*codes)
 
 
 def test_other_masks_borrow_the_prompt_of_a_task_with_black_padding(
