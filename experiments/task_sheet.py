@@ -16,7 +16,7 @@ from models.priors.tasks import CLASS_TASKS, EMPTY_TASKS, TASKS, Task, condition
 
 GRID, DOWNSAMPLE = (4, 16, 16), (4, 8, 8)  # of the paper, at 128 pixels
 SHOWN_FRAMES = 4
-GAP_PIXELS = 4
+GAP_PIXELS, GAP_GREY = 4, 150
 CONDITION_COLOUR, MASK_COLOUR = (66, 133, 200), (60, 60, 60)
 
 
@@ -89,7 +89,7 @@ def task_images(
 def frames_in_a_row(video: Tensor) -> np.ndarray:
     """Evenly spaced frames of `[3, T, H, W]` uint8, side by side: `[H, W', 3]`."""
     shown = torch.linspace(0, video.shape[1] - 1, min(SHOWN_FRAMES, video.shape[1])).round().long()
-    frames = torch.nn.functional.pad(video[:, shown], (0, GAP_PIXELS), value=255)
+    frames = torch.nn.functional.pad(video[:, shown], (0, GAP_PIXELS), value=GAP_GREY)
     return rearrange(frames, "c t h w -> h (t w) c").numpy()
 
 
@@ -112,5 +112,5 @@ def draw(sheet: dict[Task, dict[str, np.ndarray]], file: Path) -> None:
             place.set_yticks([])
         row[0].set_ylabel(task.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=100)
     pyplot.close(figure)
