@@ -137,7 +137,7 @@ class COMMITModule(VideoGenerator):
             sampling = COMMITDecoding(**sampling)
         weights = [1.0] * len(tasks) if task_weights is None else list(task_weights)
         # a checkpoint holds plain types
-        plain = {"sampling": asdict(sampling), "tasks": list(tasks), "losses": list(losses)}
+        plain: dict[str, Any] = {"sampling": asdict(sampling), "tasks": list(tasks), "losses": list(losses)}
         plain["task_weights"] = None if task_weights is None else weights
         self.save_hyperparameters(ignore=list(plain))
         self.save_hyperparameters(plain)
@@ -153,7 +153,7 @@ class COMMITModule(VideoGenerator):
                 f"task_weights={weights}: expected a number for each of {len(tasks)} tasks, none negative, not all "
                 "zero (--model.task_weights)."
             )
-        self.task_weights = torch.tensor(weights)
+        self.task_weights = torch.tensor(weights, dtype=torch.float32)
         if not losses or set(losses) - set(LOSS_PARTS):
             raise ValueError(f"losses={list(losses)}: expected some of {', '.join(LOSS_PARTS)} (--model.losses).")
         if not 0 <= condition_dropout < 1:
@@ -560,6 +560,7 @@ class COMMITModule(VideoGenerator):
         if sampling.paste_known and condition.video is not None:
             condition = self.whole_clips(condition)
             _, known = self.padded(condition)
+            assert condition.video is not None
             video = torch.where(known if known.ndim == 3 else known[:, None], condition.video.to(video), video)
         past = self.hparams["past_frames"]
         while video.shape[2] < num_frames:

@@ -62,7 +62,13 @@ class Size:
         )
 
 
-FEW = ("--trainer.max_steps=4", "--trainer.val_check_interval=4", "--data.num_train=16", "--data.num_val=8")
+FEW = (
+    "--trainer.max_steps=4",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.val_check_interval=4",
+    "--data.num_train=16",
+    "--data.num_val=8",
+)
 SIZES = {
     "quick": Size(1, 4, 4, 8, 4, 2, 16, 1, FEW),
     "short": Size(2, 1200, 16, 1024, 64, 16, 128, 4),
@@ -191,6 +197,7 @@ class Bench:
                 f"--seed_everything={seed}",
                 f"--trainer.max_steps={self.size.steps}",
                 f"--trainer.val_check_interval={max(1, self.size.steps // 8)}",
+                f"--trainer.log_every_n_steps={min(10, max(1, self.size.steps // 8))}",
                 "--samples.at_validation=false",
                 "--trainer.enable_progress_bar=false",
                 f"--run_root={place}",
@@ -198,7 +205,7 @@ class Bench:
                 *flags,
             ]
         )
-        return cli.model.eval(), logged_curve(Path(cli.trainer.log_dir), "val/loss")
+        return cli.model.eval(), logged_curve(Path(str(cli.trainer.log_dir)), "val/loss")
 
     def runs(self, arms: dict[str, list[str]]) -> list[Run]:
         """All arms with all seeds."""

@@ -43,9 +43,9 @@ def synchronize(device: torch.device) -> None:
 def run(quick: bool) -> list[Measurement]:
     """Decode with random weights, which cost the same, at the size of MAGVIT-B for UCF-101."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = {"dim": 64, "depth": 2, "num_heads": 4} if quick else {"dim": 768, "depth": 12, "num_heads": 12}
+    dim, depth, num_heads = (64, 2, 4) if quick else (768, 12, 12)
     num_tokens = 64 if quick else 1024
-    network = COMMIT(1024, num_tokens, num_classes=101, **size).eval().to(device)
+    network = COMMIT(1024, num_tokens, num_classes=101, dim=dim, depth=depth, num_heads=num_heads).eval().to(device)
     batch_size = 64 if device.type == "cuda" and not quick else 1
     measurements = [*decoding(network, batch_size)]
     if device.type == "cuda":

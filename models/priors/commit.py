@@ -336,7 +336,7 @@ def latent_mask(
 
 def commit_loss(
     nll: Tensor, kinds: Tensor, trained: Sequence[LossPart] = tuple(LOSS_PARTS)
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[LossPart, Tensor]]:
     """The parts of COMMIT's objective (MAGVIT, Eq. 5) with equal weight on each token of a clip that counts.
 
     Args:
