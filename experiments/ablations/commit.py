@@ -71,7 +71,7 @@ FEW = (
     "--data.num_val=8",
 )
 SIZES = {
-    "quick": Size(1, 4, 4, 8, 4, 2, 16, 1, FEW),
+    "quick": Size(1, 2, 2, 4, 2, 1, 16, 1, FEW),
     "short": Size(2, 1200, 16, 1024, 64, 16, 128, 4),
     "long": Size(3, 30_000, 64, 16_384, 256, 128, 384, 12),
 }
@@ -379,7 +379,7 @@ class Bench:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 if step % max(1, self.size.steps // 8) == 0 or step == self.size.steps - 1:
-                    curve.append((step, float(loss)))
+                    curve.append((step, loss.item()))
             network.eval()
             noise = seeded_noise(torch.arange(self.size.num_samples), "cpu")
 
