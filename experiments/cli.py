@@ -53,6 +53,12 @@ def _cascade(args: Sequence[str]) -> None:
     main(args)
 
 
+def _tasks(args: Sequence[str]) -> None:
+    from experiments.task_sheet import main
+
+    main(args)
+
+
 def _doctor(args: Sequence[str]) -> None:
     from experiments.doctor import main
 
@@ -73,6 +79,7 @@ SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "plan": ("what an experiment costs: parameters, FLOPs, memory, hours, disk", _plan),
     "import-weights": ("turn what TATS or MeBT has released into bundles", _import_weights),
     "cascade": ("videos from a base model and its super-resolution stages (W.A.L.T)", _cascade),
+    "tasks": ("COMMIT's ten tasks on one sheet, and what a checkpoint makes of them", _tasks),
     "demo": ("embedded video, tokenizer, prior, samples and numbers, on a CPU", _demo),
 }
 

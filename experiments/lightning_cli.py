@@ -51,6 +51,8 @@ from callbacks import (
 )
 from callbacks.randomness import StepSeed
 from callbacks.sample_writer import SampleWriter
+from datamodules.clip_file import read_clip, read_mask
+from datamodules.decoding import read_header
 from datamodules.mixed import MixedDataModule
 from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
@@ -134,6 +136,19 @@ class Seeds(LightningDataModule):
         return batch | {"seeds": torch.tensor(seeds), "num_frames": self.num_frames, "task": self.task}
 
 
+class OwnClip(Dataset[dict[str, Any]]):
+    """A data set of one clip: the user's own, with a mask if there is one."""
+
+    def __init__(self, video: torch.Tensor, known: torch.Tensor | None) -> None:
+        self.item = {"video": video} if known is None else {"video": video, "known": known}
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        return self.item
+
+
 class LongtakeTrainer(Trainer):
     """Lightning's Trainer, with the commands that are no part of a fit."""
 
@@ -149,10 +164,16 @@ class LongtakeTrainer(Trainer):
         text: str | None = None,
         batch_size: int = 4,
         first_seed: int = 0,
-        fps: int = 8,
+        input: str | None = None,
+        mask: str | None = None,
+        start: int = 0,
+        any_frame_rate: bool = False,
+        fps: float | None = None,
         out: str | None = None,
     ) -> None:
         """Generate videos from a checkpoint: an mp4 for each, a contact sheet, and what was asked for as JSON.
+
+        Where pixels are given, an mp4 beside each shows the condition, the mask (white is made) and the result.
 
         Args:
             model: The generator.
@@ -160,12 +181,16 @@ class LongtakeTrainer(Trainer):
             ckpt_path: Checkpoint of the generator, or its bundle; `--bundle` gives that and its experiment.
             num_samples: Number of videos.
             num_frames: Pixel frames of each; null takes the longest that the model was built for.
-            task: What to generate, for a model with tasks; null takes its first.
+            task: What to generate, for a model with tasks; null takes its first, or the one most like the mask.
             label: Class of all videos; null takes those of the clips, or the classes in turn.
             text: Prompt of all videos, for a model that reads text; null takes the clips' captions.
             batch_size: Videos generated at once on each device.
             first_seed: Video i is generated from the seed first_seed + i, whatever the batch size.
-            fps: Frames a second in the mp4 files.
+            input: A video file to start from, instead of the data's clips: each seed makes another result from it.
+            mask: What of the input is to be made (white) and what is kept (black): an image, or a video; of its size.
+            start: First frame of the input to take.
+            any_frame_rate: Take an input whose frame rate is not that of the training as it is.
+            fps: Frames a second in the mp4 files; null takes those of the input, or 8.
             out: Folder to write to; null makes `samples-<checkpoint>` beside the checkpoint's folder.
         """
         if not isinstance(model, VideoGenerator):
@@ -176,15 +201,24 @@ class LongtakeTrainer(Trainer):
             ("first_seed", first_seed, 0),
             ("fps", fps, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name}={value} is too small: at least {least} (--{name}).")
         frames = model.num_frames if num_frames is None else num_frames
         seeds = range(first_seed, first_seed + num_samples)
-        task = model.checked_task(task, label)
+        if mask is not None and input is None:
+            raise ValueError("A mask says what of a video is to be made: give that too (--input, --mask).")
+        if mask is None or task is not None:
+            task = model.checked_task(task, label)
         if text is not None and not model.reads_text:
             raise ValueError(f"text={text}: {type(model).__name__} reads no text here (--text).")
-        clips = None
-        if model.needs_clips(task) or (model.reads_text and text is None):
+        clips: Dataset[dict[str, Any]] | None = None
+        if input is not None:
+            if not model.edits_videos or (task is not None and not model.needs_clips(task)):
+                what = f"The task {task}" if model.edits_videos else type(model).__name__
+                raise ValueError(f"{what} does not start from a video: leave out --input.")
+            clips, rate = self._own_clip(model, datamodule, task, input, mask, start, any_frame_rate)
+            fps = rate if fps is None else fps
+        elif model.needs_clips(task) or (model.reads_text and text is None):
             if datamodule is None:
                 raise ValueError(f"The task {task} starts from clips: give the data of the experiment (--data).")
             if self.is_global_zero:
@@ -203,10 +237,12 @@ class LongtakeTrainer(Trainer):
             "task": task,
             "label": label,
             "text": text,
+            "input": input,
+            "mask": mask,
             "sampling": asdict(model.sampling),
             "seeds": list(seeds),
         }
-        self.callbacks.append(SampleWriter(folder, fps, about))  # type: ignore[attr-defined]
+        self.callbacks.append(SampleWriter(folder, 8 if fps is None else fps, about))  # type: ignore[attr-defined]
         self.predict(
             model,
             datamodule=Seeds(seeds, batch_size, frames, task, label, text, clips),
@@ -215,6 +251,25 @@ class LongtakeTrainer(Trainer):
             weights_only=True,
         )
         rank_zero_info(f"{num_samples} videos of {frames} frames: {folder}")
+
+    @staticmethod
+    def _own_clip(
+        model: VideoGenerator,
+        datamodule: VideoDataModule | None,
+        task: str | None,
+        video: str,
+        mask: str | None,
+        start: int,
+        any_frame_rate: bool,
+    ) -> tuple[OwnClip, float]:
+        """The user's clip with its mask, and its frames a second."""
+        stride = 1 if datamodule is None else datamodule.frame_stride
+        rate = None if any_frame_rate else model.frame_rate
+        resolution = model.latent_shape[1] * model.downsample[1]
+        least = model.num_frames if mask is not None else model.known_frames(task)
+        clip = read_clip(video, model.num_frames, resolution, start, stride, rate, least)
+        known = None if mask is None else read_mask(mask, video, model.num_frames, resolution, start)
+        return OwnClip(clip, known), read_header(video).fps / stride or 8
 
     def evaluate(
         self,
@@ -285,7 +340,8 @@ class LongtakeTrainer(Trainer):
     ) -> None:
         """Run the tokenizer over all clips of a data module and keep the codes; `--data TokenDataModule` reads them.
 
-        A command that was killed goes on where it stopped, with any number of processes.
+        A command that was killed goes on where it stopped, with any number of processes. For a model with tasks, the
+        codes of their conditions are kept too.
 
         Args:
             model: A generator; its frozen tokenizer is used.
@@ -327,7 +383,7 @@ class LongtakeTrainer(Trainer):
             video = video.to(self.strategy.root_device)
             encoded = tokenizer.encode(video)
             grids = {"codes": encoded.codes} if options.latents is None else {"latents": encoded.latents}
-            conditions = {task: model.condition_codes(video, task, len(video)) for task in options.tasks}
+            conditions = {task: model.condition_codes({"video": video}, task, len(video)) for task in options.tasks}
             return grids | {
                 f"task/{task}": codes.unflatten(1, model.latent_shape) for task, codes in conditions.items()
             }

@@ -30,15 +30,38 @@ class Condition:
 
     Args:
         label: `[B]` int64 classes, or None for an unconditional model.
-        video: `[B, 3, T, H, W]` in [-1, 1] with known pixels; those that the task does not give are not read.
+        video: `[B, 3, T', H, W]` in [-1, 1] with the known pixels, from the first frame on; T' may be less than what is
+            generated. Pixels that are not known are never read.
         task: What is known of the video and what is to be made, for a model with tasks.
-        past: `[B, 3, T', H, W]` in [-1, 1], the frames that the video begins with, for a model that goes on with them.
+        known: `[T', H, W]` or `[B, T', H, W]` bool, which pixels of the video are known. None: those that the task
+            gives; without tasks, all.
     """
 
     label: Tensor | None = None
     video: Tensor | None = None
     task: str | None = None
-    past: Tensor | None = None
+    known: Tensor | None = None
+
+    def first_frames(self) -> Tensor | None:
+        """The known pixels as whole frames that the video begins with, for a model that goes on with them.
+
+        Returns:
+            `[B, 3, T', H, W]`, or None if nothing is known.
+
+        Raises:
+            ValueError: If anything else is known.
+        """
+        if self.video is None or self.known is None:
+            return self.video
+        in_frames = self.known.flatten(-2).reshape(
+            -1, self.known.shape[-3], self.known.shape[-2] * self.known.shape[-1]
+        )
+        frames = int(in_frames[0].all(dim=-1).sum())
+        if not (in_frames[:, :frames].all() and not in_frames[:, frames:].any()):
+            raise ValueError(
+                "This model goes on with whole first frames: `known` must be True in those, False elsewhere."
+            )
+        return self.video[:, :, :frames] if frames else None
 
 
 class VideoGenerator(LightningModule):
@@ -59,6 +82,8 @@ class VideoGenerator(LightningModule):
     """
 
     tokenizer: VQGAN3D
+    frame_rate: float | None = None  # of the videos it was trained on, if it says so
+    edits_videos = False  # whether `generate` takes any video with known pixels
     sampling: Any  # the paper's sampling settings, a dataclass
 
     class_conditional = False  # whether samples are asked to be of their batch's classes, and can be held to them
@@ -298,7 +323,11 @@ class VideoGenerator(LightningModule):
         """Whether the task gives pixels, so that `sample` has to take clips from the data."""
         return False
 
+    def known_frames(self, task: str | None) -> int:
+        """Frames that a video must have at least, for a task to start from."""
+        return self.num_frames
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Generate the videos of the seeds in the batch."""
-        condition = Condition(batch.get("label"), batch.get("video"), batch.get("task"))
+        condition = Condition(batch.get("label"), batch.get("video"), batch.get("task"), batch.get("known"))
         return {"seeds": batch["seeds"], "video": self.generate(condition, batch["num_frames"], batch["seeds"])}

@@ -418,8 +418,8 @@ class MeBTModule(VideoGenerator):
         """Generate videos: from nothing, from frames to go on with, or from what a task gives of clips.
 
         Args:
-            condition: `label` `[B]` for a model with classes. `past`: frames that the video begins with, whole latent
-                frames of them. `task`, one of `EDITING_TASKS`, and `video`: clips, of which the task gives a part.
+            condition: `label` `[B]` for a model with classes. `video`: frames that the video begins with, whole latent
+                frames of them; with a `task`, one of `EDITING_TASKS`, clips of which the task gives a part.
             num_frames: Pixel frames, a multiple of the tokenizer's factor; what is longer than the model's clips is
                 made by sliding, from nothing, from past frames or for the task frame_prediction.
             seeds: `[B]` int64; sample i depends on seed i and row i of the condition alone.
@@ -433,12 +433,12 @@ class MeBTModule(VideoGenerator):
         """
         sampling = sampling or self.sampling
         task, video, label = self.checked_task(condition.task), condition.video, condition.label
-        if (task is None) != (video is None) or (task is not None and condition.past is not None):
-            raise ValueError("A task needs the clips that it gives a part of, clips need a task, and past frames none.")
         if task is None:
-            past = None if condition.past is None else self.encode_video(condition.past.to(self.device))
+            first_frames = condition.first_frames()
+            past = None if first_frames is None else self.encode_video(first_frames.to(self.device))
             return self.decode_codes(self.generate_codes(num_frames, seeds, sampling, label, past))
-        assert video is not None
+        if video is None:
+            raise ValueError(f"The task {task} needs the clips that it gives a part of: Condition(video=...).")
         codes, keep = self.known_codes(video.to(self.device), task, sampling)
         if task == "frame_prediction":
             past = codes[:, : int(keep[:, 0, 0].sum())]

@@ -770,7 +770,7 @@ class WALTModule(VideoGenerator):
         """Generate videos; longer ones by encoding the last five frames again and going on (appendix A).
 
         Args:
-            condition: `label` `[B]` for a model with classes; without, each sample draws one from its seed. `past`
+            condition: `label` `[B]` for a model with classes; without, each sample draws one from its seed. `video`
                 `[B, 3, T', H, W]` for a model that predicts frames: T' = 1 + k downsample[0] first frames. `text` and
                 `low_res` of `WALTCondition` for a model that reads text, and for a super-resolution stage.
             num_frames: Pixel frames: those of the training clips, and `new_frames` more for each extension.
@@ -812,11 +812,12 @@ class WALTModule(VideoGenerator):
         if (label := self._checked_label(asked.label, seeds)) is not None:
             given["label"] = label
         low_res = self._checked_low_res(asked.low_res, low_res, extensions)
-        past = None if condition.past is None else self._checked_past(condition.past)
+        first_frames = condition.first_frames()
+        past = None if first_frames is None else self._checked_past(first_frames)
         if past is None and self.frame_prediction == 1:
             raise ValueError(
                 "This model continues videos and was never trained without their first frames: give "
-                "Condition(past=...), or --task=frame_prediction to the command `sample`."
+                "Condition(video=...), or --task=frame_prediction to the command `sample`."
             )
         clips: list[Tensor] = []
         for part in range(extensions + 1):
@@ -899,10 +900,10 @@ class WALTModule(VideoGenerator):
     def _checked_past(self, past: Tensor) -> Tensor:
         """Known frames as normalised latents."""
         if not self.frame_prediction:
-            raise ValueError("This model predicts no frames: generate it without past (--model.frame_prediction).")
+            raise ValueError("This model predicts no frames: generate it without a video (--model.frame_prediction).")
         fits = [1 + self.downsample[0] * (n - 1) for n in self.past_latents]
         if past.shape[2] not in fits:
-            raise ValueError(f"past has {past.shape[2]} frames; this model was trained with {sorted(fits)}.")
+            raise ValueError(f"{past.shape[2]} frames are known; this model was trained with {sorted(fits)}.")
         return self.normalised(self.encode_latents(past.to(self.device)))
 
     def checked_task(self, task: str | None, label: int | None = None) -> str | None:
@@ -935,7 +936,7 @@ class WALTModule(VideoGenerator):
             low_res = low_res[:rows]
         return WALTCondition(
             label=batch["label"][:rows] if self.num_classes and "label" in batch else None,
-            past=past,
+            video=past,
             text=batch["text"][:rows] if self.reads_text else None,
             low_res=low_res,
         )

@@ -8,9 +8,11 @@ The same region at the scale of the latent grid is the condition of the release;
 where a moving box cuts through supervoxels, and where more frames are known than one code covers.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
@@ -30,11 +32,28 @@ Task = Literal[
 TASKS: tuple[Task, ...] = get_args(Task)  # the paper's ten, in its order, and generation from nothing
 CLASS_TASKS: tuple[Task, ...] = ("class_conditional", "class_frame_prediction")
 EMPTY_TASKS: tuple[Task, ...] = ("class_conditional", "unconditional")  # no pixel is known
+BLACK_TASKS: tuple[Task, ...] = ("dynamic_outpainting", "central_inpainting", "dynamic_inpainting")  # in their padding
 # The release has four prompts for ten tasks; inpainting takes that of outpainting.
 SHARED_PROMPTS: dict[Task, str] = {
     task: "outpainting" if "painting" in task else "frame_prediction" if "prediction" in task else task
     for task in TASKS
 } | {"class_conditional": "generation", "unconditional": "generation"}
+
+# Short names, for the command line.
+SHORT_NAMES: dict[str, Task] = {
+    "predict": "frame_prediction",
+    "interpolate": "frame_interpolation",
+    "outpaint": "central_outpainting",
+    "outpaint_central": "central_outpainting",
+    "outpaint_vertical": "vertical_outpainting",
+    "outpaint_horizontal": "horizontal_outpainting",
+    "outpaint_dynamic": "dynamic_outpainting",
+    "inpaint": "central_inpainting",
+    "inpaint_central": "central_inpainting",
+    "inpaint_dynamic": "dynamic_inpainting",
+    "class": "class_conditional",
+    "class_predict": "class_frame_prediction",
+}
 
 BLACK = -1.0
 
@@ -132,7 +151,29 @@ def padded_video(video: Tensor, task: Task, past_frames: int = 1) -> Tensor:
                 video = _repeated_edge(video, 4, width // 4, 3 * width // 4)
             return video
         case _:
-            return video.masked_fill(~known, BLACK)
+            return blackened(video, known)
+
+
+def blackened(video: Tensor, known: Tensor) -> Tensor:
+    """Black wherever `known`, `[T, H, W]` or `[B, T, H, W]`, is False: the padding of any mask of the user's own."""
+    return torch.where(known if known.ndim == 3 else known[:, None], video, BLACK)  # NaN would survive a product
+
+
+def closest_task(known: Tensor, tasks: Sequence[Task], past_frames: int = 1) -> Task:
+    """The task whose region of known pixels is most like a mask: intersection over union, the first of equal ones.
+
+    Args:
+        known: `[T, H, W]` or `[B, T, H, W]` bool.
+        tasks: To choose from.
+        past_frames: Frames given in frame prediction.
+    """
+
+    def likeness(task: Task) -> float:
+        shape = (known.shape[-3], known.shape[-2], known.shape[-1])
+        region = known_region(task, shape, past_frames, known.device)
+        return float((region & known).sum() / (region | known).sum().clamp(min=1))
+
+    return max(tasks, key=likeness)
 
 
 def _repeated_edge(video: Tensor, axis: int, start: int, stop: int) -> Tensor:
@@ -140,18 +181,21 @@ def _repeated_edge(video: Tensor, axis: int, start: int, stop: int) -> Tensor:
     return video.index_select(axis, nearest)
 
 
-def supervoxel_condition(known: Tensor, downsample: tuple[int, int, int]) -> Tensor:
+def supervoxel_condition(known: Tensor, downsample: tuple[int, int, int], causal: bool = False) -> Tensor:
     """Tokens that are conditions by the paper's rule: their supervoxel holds at least one known pixel.
 
     Args:
-        known: `[T, H, W]` bool, True where a pixel is known.
+        known: `[..., T, H, W]` bool, True where a pixel is known.
         downsample: Frames, rows and columns of a supervoxel.
+        causal: Whether the first frame has a latent frame of its own.
 
     Returns:
-        `[t, h, w]` bool; its complement is the paper's `ispad`.
+        `[..., t, h, w]` bool; its complement is the paper's `ispad`.
     """
     t, h, w = downsample
-    return reduce(known, "(t dt) (h dh) (w dw) -> t h w", "any", dt=t, dh=h, dw=w)
+    if causal:
+        known = F.pad(known, (0, 0, 0, 0, t - 1, 0))  # False
+    return reduce(known, "... (t dt) (h dh) (w dw) -> ... t h w", "any", dt=t, dh=h, dw=w)
 
 
 def condition_tokens(
@@ -161,6 +205,7 @@ def condition_tokens(
     rule: Literal["supervoxel", "released"] = "supervoxel",
     past_frames: int = 1,
     device: torch.device | str | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Tokens that carry a task's condition.
 
@@ -172,6 +217,7 @@ def condition_tokens(
             frame for frame prediction; the published percentages of masked tokens follow it.
         past_frames: Pixel frames given in frame prediction; the released rule does not read it.
         device: Where to make it.
+        causal: Whether the first frame has a latent frame of its own.
 
     Returns:
         `[t, h, w]` bool.
@@ -179,4 +225,6 @@ def condition_tokens(
     if rule == "released":
         return known_region(task, latent_shape, device=device)
     frames, height, width = (size * factor for size, factor in zip(latent_shape, downsample, strict=True))
-    return supervoxel_condition(known_region(task, (frames, height, width), past_frames, device), downsample)
+    if causal:
+        frames -= downsample[0] - 1
+    return supervoxel_condition(known_region(task, (frames, height, width), past_frames, device), downsample, causal)

@@ -141,7 +141,7 @@ def test_the_input_holds_the_condition_the_mask_and_the_truth(
     tokens, _ = multivariate_mask(codes, condition, is_condition, scores, count, module.network.mask_id)
     label = clips["label"] if task in CLASS_TASKS else None
     logits = module.network(tokens, label, TASKS.index(task))
-    torch.testing.assert_close(nll, F.cross_entropy(logits.transpose(1, 2), codes, reduction="none"))
+    torch.testing.assert_close(nll, F.cross_entropy(logits[:, :, 0].transpose(1, 2), codes, reduction="none"))
     assert torch.equal((kinds == REFINE), (kinds != 0) & is_condition)
     assert ((kinds == MASK).any(), (kinds == REFINE).any()) == (True, task != "class_conditional")
     if task == "frame_prediction":  # what the condition adds: other codes than the truth, at the place it is known
@@ -161,8 +161,8 @@ def test_uniform_predictions_cost_the_logarithm_of_the_codebook(
     tokenizer_bundle: Path, clips: dict[str, Tensor]
 ) -> None:
     module = make_module(tokenizer_bundle, label_smoothing=0.1)
-    nn.init.zeros_(module.network.head[2].weight)
-    nn.init.zeros_(module.network.head[2].bias)
+    nn.init.zeros_(module.network.heads[0][2].weight)
+    nn.init.zeros_(module.network.heads[0][2].bias)
     nn.init.zeros_(module.network.head_bias)
     assert module.training_step(clips, 0).item() == pytest.approx(torch.tensor(16.0).log().item(), rel=1e-5)
 
@@ -185,7 +185,7 @@ def test_cached_condition_codes_give_the_loss_of_pixels(tokenizer_bundle: Path, 
     module = make_module(tokenizer_bundle, tasks=("class_conditional", "frame_prediction", "central_inpainting"))
     cached = {"codes": module.window_codes(clips)[0], "label": clips["label"]}
     for task in module.conditions():
-        codes = module.condition_codes(clips["video"], task, len(clips["label"]))
+        codes = module.condition_codes(clips, task, len(clips["label"]))
         cached[f"task/{task}"] = codes.unflatten(1, module.latent_shape)
     assert len(cached) == 4
     losses = [[attach(module, step=step).training_step(batch, 0) for step in range(6)] for batch in (clips, cached)]
@@ -247,7 +247,65 @@ def test_mask_ratios_are_drawn_as_configured(tokenizer_bundle: Path, mask_ratio_
     assert scores.shape == (8, 64)
 
 
-# Validation and the optimizer
+@pytest.mark.parametrize("masking", ["multivariate", "latent", "prefix"])
+def test_every_way_to_give_a_condition_trains_and_generates(
+    tokenizer_bundle: Path, clips: dict[str, Tensor], masking: str
+) -> None:
+    module = make_module(tokenizer_bundle, masking=masking, tasks=["central_inpainting", "class_frame_prediction"])
+    for step in range(2):
+        assert attach(module, step=step).training_step(clips, 0) > 0
+    kept = condition(clips, "central_inpainting")
+    codes = module.generate_codes(kept, 16, torch.arange(4)).flatten(1)
+    given = module.tokenizer.encode(padded_video(clips["video"], "central_inpainting")).codes.flatten(1)
+    is_condition = module.condition_tokens("central_inpainting")
+    assert torch.equal(codes[:, is_condition], given[:, is_condition]) == (masking == "latent")
+
+
+def test_tasks_are_drawn_by_their_weights(tokenizer_bundle: Path, clips: dict[str, Tensor]) -> None:
+    names = ["unconditional", "class_conditional", "frame_prediction"]
+    module = make_module(tokenizer_bundle, tasks=names, task_weights=[3, 1, 0])
+    seen = tasks_of_steps(module, part(clips, slice(1)), range(80))
+    assert seen.count("frame_prediction") == 0
+    assert 45 <= seen.count("unconditional") <= 73  # 60 on average, 3.9 is the deviation
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.999999])
+def test_dropped_conditions_are_masks_without_a_class(
+    tokenizer_bundle: Path, clips: dict[str, Tensor], dropout: float
+) -> None:
+    module = make_module(tokenizer_bundle, tasks=["class_frame_prediction"], condition_dropout=dropout)
+    seen: list[tuple] = []
+    forward = module.network.forward
+    module.network.forward = lambda tokens, label, prompt: (seen.append((tokens, label)), forward(tokens, label))[1]
+    module.training_step(clips, 0)
+    tokens, label = seen[0]
+    assert torch.equal(label, torch.full((4,), 12) if dropout else clips["label"])
+    loss = module.logged["train/refine_tokens"]
+    assert (loss == 0) == (dropout > 0)
+    assert module.logged["train/mask_tokens"] == pytest.approx((tokens == module.network.mask_id).float().mean())
+
+
+def test_only_chosen_parts_of_the_loss_are_trained(tokenizer_bundle: Path, clips: dict[str, Tensor]) -> None:
+    module = make_module(tokenizer_bundle, losses=["mask"], tasks=["frame_prediction"])
+    loss = module.training_step(clips, 0)
+    assert module.logged["train/mask"] == pytest.approx(loss.item())
+    assert module.logged["train/refine"] == module.logged["train/reconstruct"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task_weights": [1.0]}, r"expected a number for each of 11 tasks, .*--model.task_weights"),
+        ({"task_weights": [0.0] * 11}, "not all zero"),
+        ({"losses": ["guess"]}, r"losses=\['guess'\]: expected some of reconstruct, mask, refine"),
+        ({"condition_dropout": 1.0}, r"condition_dropout=1.0: expected 0 to 1 \(--model.condition_dropout\)"),
+    ],
+)
+def test_settings_of_training_that_make_no_sense_are_refused(
+    tokenizer_bundle: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        COMMITModule(str(tokenizer_bundle), **(TOY | changes))
 
 
 def test_validation_measures_every_task_with_the_same_masks_each_time(
@@ -330,8 +388,8 @@ def test_known_pixels_reappear_if_asked_to(module: COMMITModule, clips: dict[str
 def test_a_model_that_knows_the_clip_makes_it_again(module: COMMITModule, clips: dict[str, Tensor]) -> None:
     """With the truth as logits, every task ends with the codes of the whole clip, not with the condition's."""
     codes = module.clip_codes(clips)
-    module.network.forward = lambda tokens, label, prompt: F.one_hot(codes, 16).float() * 100
-    for task in ("frame_prediction", "central_outpainting"):
+    module.network.forward = lambda tokens, label, prompt: F.one_hot(codes, 16).float()[:, :, None] * 100
+    for task in TASKS:
         made = module.generate_codes(condition(clips, task), 16, torch.arange(4))
         assert torch.equal(made.flatten(1), codes)
 
@@ -371,7 +429,9 @@ def test_a_model_of_one_task_can_be_asked_for_others(tokenizer_bundle: Path, cli
             16,
             "1 seeds were given, .* label has 2 rows",
         ),
-        (Condition(task="frame_prediction", video=torch.zeros(1, 3, 8, 32, 32)), 16, "Expected video of"),
+        (Condition(task="frame_prediction", video=torch.zeros(1, 3, 17, 32, 32)), 16, "video of 1 to 16 fr"),
+        (Condition(task="central_inpainting", video=torch.zeros(1, 3, 8, 32, 32)), 16, "Expected video of 16 frames"),
+        (Condition(task="frame_prediction", video=torch.zeros(1, 3, 16, 24, 32)), 16, "got 16 frames of 24 x 32"),
         (Condition(task="unconditional"), 8, "num_frames=8 cannot be generated: this model makes clips of 16"),
     ],
 )
@@ -380,6 +440,132 @@ def test_requests_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         module.generate(request_, num_frames, torch.tensor([1]))
+
+
+# Masks of the user's own
+
+
+def test_a_mask_of_any_form_is_generated_around(module: COMMITModule, clips: dict[str, Tensor]) -> None:
+    """Each sample has its own; unknown pixels are not read, known ones are, and can be pasted."""
+    video, seeds = clips["video"], torch.arange(4)
+    known = torch.zeros(4, 16, 32, 32, dtype=torch.bool)
+    for row in range(4):
+        known[row, 3 * row : 3 * row + 4, 5 * row :, :20] = True
+    request = Condition(video=video, known=known)
+    codes = module.generate_codes(request, 16, seeds)
+    unread = torch.where(known[:, None], video, 0.3)
+    assert torch.equal(module.generate_codes(Condition(video=unread, known=known), 16, seeds), codes)
+    alone = Condition(video=video[2:3], known=known[2:3])
+    assert torch.equal(module.generate_codes(alone, 16, seeds[2:3]), codes[2:3])
+    assert not torch.equal(module.generate_codes(Condition(video=video.flip(0), known=known), 16, seeds), codes)
+    pasted = module.generate(request, 16, seeds, COMMITDecoding(num_steps=1, paste_known=True))
+    assert torch.equal(pasted.movedim(1, -1)[known], video.movedim(1, -1)[known])
+
+
+def test_the_mask_of_a_task_is_that_task(module: COMMITModule, clips: dict[str, Tensor]) -> None:
+    for task in ("central_outpainting", "dynamic_inpainting", "frame_interpolation"):
+        known = known_region(task, (16, 32, 32))
+        assert module.task_of(Condition(video=clips["video"], known=known)) == task
+        padded, _ = module.padded(module.whole_clips(Condition(video=clips["video"], task=task)))
+        assert torch.equal(padded, padded_video(clips["video"], task))
+        by_mask = Condition(video=clips["video"], known=known)
+        codes = [module.generate_codes(c, 16, torch.arange(4)) for c in (by_mask, condition(clips, task))]
+        assert torch.equal(*codes)
+
+
+def test_other_masks_borrow_the_prompt_of_a_task_with_black_padding(
+    module: COMMITModule, tokenizer_bundle: Path, clips: dict[str, Tensor]
+) -> None:
+    known = known_region("central_outpainting", (16, 32, 32)).clone()
+    known[0, 0, 0] = True
+    assert module.task_of(Condition(video=clips["video"], known=known)) == "dynamic_outpainting"
+    few = make_module(tokenizer_bundle, tasks=["central_outpainting", "frame_prediction"])
+    assert few.task_of(Condition(video=clips["video"], known=known)) == "central_outpainting"
+    with pytest.raises(ValueError, match="takes no pixels"):
+        make_module(tokenizer_bundle, tasks=EMPTY_TASKS).task_of(Condition(video=clips["video"], known=known))
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        (torch.zeros(16, 32, 32), r"\[T, H, W\] or \[B, T, H, W\] bool"),
+        (torch.zeros(16, 16, 16, dtype=torch.bool), r"mask has shape \(16, 16, 16\), and the video has 1 clips of"),
+        (torch.zeros(2, 16, 32, 32, dtype=torch.bool), r"mask has shape \(2, 16, 32, 32\)"),
+        (torch.zeros(16, 32, 32, dtype=torch.bool), r"none of the pixels are known: .*\(--mask\)"),
+        (torch.ones(16, 32, 32, dtype=torch.bool), "all of the pixels are known"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(module: COMMITModule, known: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module.generate(Condition(video=torch.zeros(1, 3, 16, 32, 32), known=known), 16, torch.tensor([1]))
+
+
+def test_first_frames_are_enough_to_predict_from(module: COMMITModule, clips: dict[str, Tensor]) -> None:
+    seeds = torch.arange(4)
+    whole = module.generate_codes(condition(clips, "frame_prediction"), 16, seeds)
+    first = Condition(video=clips["video"][:, :, :1], task="frame_prediction")
+    assert torch.equal(module.generate_codes(first, 16, seeds), whole)
+
+
+# Longer videos
+
+
+def test_longer_videos_go_on_from_their_own_last_frames(tokenizer_bundle: Path, clips: dict[str, Tensor]) -> None:
+    module = make_module(tokenizer_bundle, tasks=["frame_prediction", "unconditional"], past_frames=3)
+    seeds = torch.tensor([4, 9])
+    asked: list[Condition] = []
+    generate_codes = module.generate_codes
+    module.generate_codes = lambda request, *rest: (asked.append(request), generate_codes(request, *rest))[1]
+    video = module.generate(Condition(task="unconditional"), 35, seeds)
+    assert video.shape == (2, 3, 35, 32, 32)  # 16 + 13 + 6 of 13
+    assert [request.task for request in asked] == ["unconditional", "frame_prediction", "frame_prediction"]
+    assert torch.equal(asked[1].video, video[:, :, 13:16])
+    assert torch.equal(asked[2].video, video[:, :, 26:29])
+    assert torch.equal(video[:, :, :16], module.generate(Condition(task="unconditional"), 16, seeds))
+    alone = module.generate(Condition(task="unconditional"), 35, seeds[1:])
+    torch.testing.assert_close(alone, video[1:], atol=1e-4, rtol=0)
+    assert not torch.equal(video[:, :, 16:29], video[:, :, 3:16])  # other draws each time
+
+
+def test_a_class_goes_on_with_longer_videos(module: COMMITModule, clips: dict[str, Tensor]) -> None:
+    label = torch.tensor([3])
+    video = module.generate(Condition(label, task="class_conditional"), 20, torch.tensor([1]))
+    other = module.generate(Condition(label, task="class_conditional"), 31, torch.tensor([1]))
+    assert torch.equal(other[:, :, :20], video)
+
+
+def test_longer_videos_need_a_model_that_predicts_frames(tokenizer_bundle: Path) -> None:
+    module = make_module(tokenizer_bundle, tasks=["unconditional"])
+    with pytest.raises(ValueError, match="longer videos only if frame_prediction is among its tasks"):
+        module.generate(Condition(), 20, torch.tensor([1]))
+
+
+# Guidance, and codes in parts
+
+
+def test_guidance_and_revising_change_samples(module: COMMITModule, clips: dict[str, Tensor]) -> None:
+    request, seeds = condition(clips, "class_frame_prediction"), torch.arange(4)
+    plain = module.generate_codes(request, 16, seeds, COMMITDecoding(3))
+    for settings in (COMMITDecoding(3, guidance_scale=3.0), COMMITDecoding(3, revise_rounds=1)):
+        codes = module.generate_codes(request, 16, seeds, settings)
+        assert not torch.equal(codes, plain)
+        assert torch.equal(module.generate_codes(request, 16, seeds, settings), codes)
+
+
+def test_a_model_of_codes_in_parts_trains_and_generates(tokenizer_bundle: Path, clips: dict[str, Tensor]) -> None:
+    module = make_module(tokenizer_bundle, token_groups=2)
+    assert module.network.part_size == 4
+    loss = module.training_step(clips, 0)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in module.network.parameters())
+    video = module.generate(condition(clips, "central_inpainting"), 16, torch.arange(4))
+    assert video.shape == (4, 3, 16, 32, 32)
+
+
+def test_short_names_of_tasks_are_understood(module: COMMITModule) -> None:
+    assert module.checked_task("inpaint_central") == "central_inpainting"
+    assert module.checked_task("class", 3) == "class_conditional"
+    assert (module.known_frames("predict"), module.known_frames("interpolate")) == (1, 16)
 
 
 def test_videos_to_show_go_through_the_tasks(tokenizer_bundle: Path, clips: dict[str, Tensor]) -> None:

@@ -199,3 +199,16 @@ def test_callbacks_and_prediction_see_a_video_for_each_seed(dice: Dice) -> None:
     assert torch.equal(predicted["seeds"], seeds)
     assert torch.equal(predicted["video"], dice.generate(Condition(), 8, seeds))
     assert predicted["video"].shape == (2, 3, 8, 32, 32)
+
+
+def test_known_pixels_are_first_frames_only_if_they_are_whole() -> None:
+    video, known = torch.zeros(2, 3, 8, 4, 4), torch.zeros(8, 4, 4, dtype=torch.bool)
+    assert Condition().first_frames() is None
+    assert Condition(video=video).first_frames() is video  # without a mask, all of it is known
+    assert Condition(video=video, known=known).first_frames() is None
+    known[:3] = True
+    assert Condition(video=video, known=known).first_frames().shape == (2, 3, 3, 4, 4)
+    assert Condition(video=video, known=known.expand(2, -1, -1, -1)).first_frames().shape[2] == 3
+    known[5, 0, 0] = True
+    with pytest.raises(ValueError, match="goes on with whole first frames"):
+        Condition(video=video, known=known).first_frames()

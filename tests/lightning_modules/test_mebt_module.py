@@ -534,7 +534,7 @@ def clips() -> Tensor:
 
 def test_a_video_goes_on_from_past_frames(module: MeBTModule) -> None:
     video, seeds = clips(), torch.tensor([5, 6])
-    made = module.generate(Condition(past=video[:, :, :8]), 24, seeds)
+    made = module.generate(Condition(video=video[:, :, :8]), 24, seeds)
     assert made.shape == (2, 3, 24, 32, 32)
     settings = DraftAndRevise(num_steps=4, given_frames=8)
     by_task = module.generate(Condition(video=video, task="frame_prediction"), 24, seeds, settings)

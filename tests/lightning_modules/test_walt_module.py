@@ -428,7 +428,7 @@ def test_missing_labels_are_drawn_from_the_seeds(make: Make) -> None:
 def test_guidance_asks_the_network_without_its_conditions(make: Make) -> None:
     module = make(frame_prediction=0.5, sampling=DiffusionSampling(num_steps=2, guidance_scale=3.0))
     seen = calls(module)
-    module.generate(Condition(torch.tensor([1]), past=random_video(1, 5)), 9, torch.tensor([5]))
+    module.generate(Condition(torch.tensor([1]), video=random_video(1, 5)), 9, torch.tensor([5]))
     assert ["label" in call for call in seen] == [True, False, True, False]
     assert ["past" in call for call in seen] == [True, False, True, False]
     assert torch.equal(seen[2]["estimate"], seen[3]["estimate"])  # both see the guided estimate
@@ -439,7 +439,7 @@ def test_known_frames_reach_the_network_as_clean_latents(make: Make) -> None:
     module = make(frame_prediction=1.0)
     seen = calls(module)
     video = random_video(2, 9)
-    module.generate(Condition(past=video[:, :, :5]), 9, torch.tensor([5, 6]))
+    module.generate(Condition(video=video[:, :, :5]), 9, torch.tensor([5, 6]))
     latents = module.normalised(module.encode_latents(video))
     expected = module.past_channels(latents, torch.tensor([2, 2]))
     assert all(torch.allclose(call["past"], expected, atol=1e-6) for call in seen)
@@ -491,8 +491,12 @@ def test_a_length_that_cannot_be_made_is_refused(make: Make, changes: dict, fram
     ("changes", "condition", "message"),
     [
         ({"num_classes": 0}, Condition(torch.tensor([1])), "has no classes"),
-        ({}, Condition(past=random_video(1, 5)), "predicts no frames"),
-        ({"frame_prediction": 0.5}, Condition(past=random_video(1, 9)), r"past has 9 frames; .* trained with \[1, 5\]"),
+        ({}, Condition(video=random_video(1, 5)), "predicts no frames"),
+        (
+            {"frame_prediction": 0.5},
+            Condition(video=random_video(1, 9)),
+            r"9 frames are known; .* trained with \[1, 5\]",
+        ),
         ({"frame_prediction": 1.0}, Condition(), "never trained without their first frames"),
     ],
 )

@@ -1,6 +1,7 @@
 """COMMIT: its size, its mask, its loss and its decoding, against MAGVIT's equations and counts."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from models.priors.commit import (
     COMMIT,
+    GIVEN,
     LOSS_PARTS,
     MASK,
     MAX_PROMPTS,
@@ -17,8 +19,12 @@ from models.priors.commit import (
     COMMITDecoding,
     commit_decode,
     commit_loss,
+    join_codes,
+    latent_mask,
+    masked_fraction,
     multivariate_mask,
     num_corrupted_tokens,
+    split_codes,
 )
 from models.priors.decoding import seeded_noise
 from models.random import keyed_generator
@@ -29,10 +35,10 @@ B = {"dim": 768, "depth": 12, "num_heads": 12}
 L = {"dim": 1024, "depth": 24, "num_heads": 16}
 
 
-def toy(num_classes: int = 3, num_prompts: int = 2, std: float = 0.3) -> COMMIT:
+def toy(num_classes: int = 3, num_prompts: int = 2, std: float = 0.3, codebook_size: int = K, **options) -> COMMIT:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = COMMIT(K, N, num_classes, num_prompts, dim=16, depth=2, num_heads=2)
+        network = COMMIT(codebook_size, N, num_classes, num_prompts, dim=16, depth=2, num_heads=2, **options)
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=std)
     return network.eval()
@@ -81,11 +87,12 @@ def test_forward_is_a_post_norm_transformer_with_a_tied_head() -> None:
         attended = torch.einsum("bhnm,bmhd->bnhd", weights, heads[2]).flatten(2)
         x = block.norm1(x + block.attention.proj(attended))
         x = block.norm2(x + block.mlp[2](F.gelu(block.mlp[0](x), approximate="tanh")))
-    h = network.head[2](F.gelu(network.head[0](x), approximate="tanh"))
+    head = network.heads[0]
+    h = head[2](F.gelu(head[0](x), approximate="tanh"))
     expected = (h @ network.token_embedding.weight.T + network.head_bias)[:, 2:, :K]
     logits = network(tokens, label, prompt=1)
-    assert logits.shape == (2, N, K)
-    torch.testing.assert_close(logits, expected)
+    assert logits.shape == (2, N, 1, K)
+    torch.testing.assert_close(logits[:, :, 0], expected)
 
 
 def test_label_and_prompt_reach_the_prediction_only_where_the_model_has_them() -> None:
@@ -118,6 +125,81 @@ def test_weights_start_within_two_standard_deviations() -> None:
     for tensor in (network.token_embedding.weight, network.position_embedding, network.blocks[0].mlp[0].weight):
         assert 0.15 < tensor.abs().max() <= 0.2
     assert network.blocks[0].mlp[0].bias.abs().max() == network.head_bias.abs().max() == 0
+
+
+# Codes in parts
+
+
+def test_a_code_of_18_bits_is_two_parts_of_9() -> None:
+    codes = draw(3, 40, high=2**18)
+    parts = split_codes(codes, 2, 512)
+    assert torch.equal(parts[..., 0] + 512 * parts[..., 1], codes)
+    assert torch.equal(parts[..., 0], codes & 511)  # the low bits first
+    assert torch.equal(join_codes(parts, 512), codes)
+
+
+def test_the_embedding_of_a_code_is_the_sum_of_its_parts() -> None:
+    network = toy(codebook_size=64, token_groups=2)
+    assert network.vocabulary_size == 2 * 8 + 3 + 1 + 2 + 1
+    assert network.mask_id == 64 + 3 + 1 + 2
+    table = network.token_embedding.weight
+    codes = torch.tensor([[0, 7, 8, 63]])
+    expected = torch.stack([table[0] + table[8], table[7] + table[8], table[0] + table[9], table[7] + table[15]])
+    torch.testing.assert_close(network.embed(codes)[0], expected)
+    special = torch.arange(64, 71)[None]  # classes, no class, prompts, mask: a row each
+    assert torch.equal(network.embed(special)[0], table[16:])
+
+
+def test_each_part_has_a_head_tied_to_its_own_rows() -> None:
+    network = toy(codebook_size=64, token_groups=2)
+    logits = network(draw(2, N, high=64))
+    assert logits.shape == (2, N, 2, 8)
+    with torch.no_grad():
+        network.token_embedding.weight[8:16] = 0  # the second part's
+    changed = network(torch.full((2, N), network.mask_id))
+    assert torch.equal(changed[:, :, 1], network.head_bias[8:16].expand(2, N, 8))
+    assert changed[:, :, 0].std() > 0
+
+
+def test_the_nll_of_a_code_is_that_of_its_parts() -> None:
+    network = toy(codebook_size=64, token_groups=2)
+    codes = draw(2, N, high=64)
+    logits = network(codes).double()
+    joint = (logits[:, :, 1, :, None].log_softmax(-2) + logits[:, :, 0, None, :].log_softmax(-1)).flatten(2)
+    expected = F.nll_loss(joint.transpose(1, 2), codes, reduction="none")
+    torch.testing.assert_close(network.nll(logits, codes).double(), expected, atol=1e-5, rtol=1e-4)
+    uniform = torch.zeros(2, N, 2, 8)
+    torch.testing.assert_close(network.nll(uniform, codes), torch.full((2, N), math.log(64)))
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_codebook_whatever_the_smoothing() -> None:
+    network = COMMIT(1024, 4, dim=8, depth=1, num_heads=1)
+    for smoothing in (0.0, 1e-4, 0.3):
+        nll = network.nll(torch.zeros(1, 4, 1, 1024), torch.tensor([[0, 5, 700, 1023]]), smoothing)
+        torch.testing.assert_close(nll, torch.full((1, 4), 6.931472))
+    # on- and off-values of smoothed targets, read off the gradient: softmax minus target
+    logits = torch.zeros(1, 1, 1, 1024, dtype=torch.float64, requires_grad=True)
+    F.cross_entropy(logits.flatten(0, 2), torch.tensor([3]), label_smoothing=1e-4).backward()
+    target = 1 / 1024 - logits.grad.flatten()
+    assert target[3].item() == pytest.approx(1 - 1e-4 + 9.765625e-8, rel=1e-12)
+    assert target[4].item() == pytest.approx(9.765625e-8, rel=1e-6)
+
+
+def test_codes_that_cannot_be_taken_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"token_groups=2 does not divide .* codebook_size=8: .*--model.token_groups"):
+        COMMIT(8, N, token_groups=2, dim=8, depth=1, num_heads=1)
+
+
+@pytest.mark.parametrize("masking", ["multivariate", "latent", "prefix"])
+def test_codes_in_parts_are_decoded(masking: str) -> None:
+    network = toy(codebook_size=64, token_groups=2, masking=masking)
+    is_condition = torch.arange(N) < 8
+    noise = seeded_noise(torch.tensor([1, 2]), "cpu")
+    settings = COMMITDecoding(4, guidance_scale=0.5, revise_rounds=1)
+    out = commit_decode(network, draw(2, N, high=64), is_condition, settings, noise, torch.tensor([0, 1]), 1)
+    assert out.shape == (2, N)
+    assert 0 <= out.min() <= out.max() < 64
+    assert len(out.unique()) > 8
 
 
 # The mask
@@ -202,6 +284,50 @@ def test_parts_of_the_loss_add_up_and_are_told_apart() -> None:
     torch.testing.assert_close(sum(mean * n for mean, n in means) / sum(n for _, n in means), loss)
 
 
+def test_the_schedule_begins_with_everything_and_is_never_zero() -> None:
+    assert masked_fraction("cosine", 0.0, 1024) == 1.0
+    assert masked_fraction("cosine", 1.0, 1024) == 1e-6
+    assert num_corrupted_tokens("cosine", 1.0, 1024) == 1
+
+
+def test_latent_masking_keeps_what_is_known_and_masks_a_share_of_the_rest() -> None:
+    codes, scores = draw(3, N), torch.rand(3, N, generator=keyed_generator(6))
+    is_condition = torch.arange(N) % 3 == 0  # 8 of 24
+    tokens, kinds = latent_mask(codes, is_condition, scores, torch.tensor([1, 12, N]), 99)
+    assert torch.equal(tokens[:, is_condition], codes[:, is_condition])
+    assert (kinds == GIVEN).equal(is_condition.expand(3, N))
+    assert (tokens == 99).sum(dim=1).tolist() == [1, 8, 16]
+    assert torch.equal(tokens == 99, kinds == MASK)
+    _, parts = commit_loss(torch.where(kinds == GIVEN, 1e6, 1.0), kinds)  # what is given costs nothing
+    assert sum(parts.values()).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("trained", [("mask",), ("mask", "reconstruct"), ("mask", "refine")])
+def test_only_the_chosen_parts_are_trained(trained: tuple) -> None:
+    nll = torch.rand(2, N, generator=keyed_generator(3)).requires_grad_()
+    kinds = draw(2, N, high=3, key=4)
+    loss, parts = commit_loss(nll, kinds, trained)
+    counts = sum((kinds == LOSS_PARTS[name]) for name in trained).bool()
+    torch.testing.assert_close(loss, torch.stack([nll[b][counts[b]].mean() for b in range(2)]).mean())
+    loss.backward()
+    assert torch.equal(nll.grad != 0, counts)
+    assert {name for name, part in parts.items() if part > 0} == set(trained)
+
+
+def test_known_tokens_before_the_sequence_are_read_where_they_are_known() -> None:
+    network = toy(masking="prefix")
+    tokens, condition = torch.full((2, N), network.mask_id), draw(2, N)
+    known = condition.where(torch.arange(N) < 6, network.mask_id)
+    logits = network(tokens, None, 0, known)
+    assert logits.shape == (2, N, 1, K)
+    assert torch.equal(network(tokens, None, 0, torch.full_like(known, network.mask_id)), network(tokens))
+    other = known.clone()
+    other[:, 3] = (other[:, 3] + 1) % K
+    assert not torch.equal(network(tokens, None, 0, other), logits)
+    moved = known.roll(1, dims=1)  # the same tokens elsewhere
+    assert not torch.allclose(network(tokens, None, 0, moved), logits)
+
+
 # Decoding
 
 
@@ -213,10 +339,13 @@ class Recorder(nn.Module):
         self.logits = logits
         self.seen: list[Tensor] = []
         self.mask_id = 99
+        self.masking = "multivariate"
+        self.asked: list[tuple] = []
 
-    def forward(self, tokens: Tensor, label: Tensor | None, prompt: int) -> Tensor:
+    def forward(self, tokens: Tensor, label: Tensor | None, prompt: int, *prefix: Tensor) -> Tensor:
         self.seen.append(tokens)
-        return self.logits
+        self.asked.append((label, prompt, *prefix))
+        return self.logits[:, :, None]  # codes of one part
 
 
 def random_problem(batch_size: int = 2) -> tuple[Recorder, Tensor, Tensor]:
@@ -327,3 +456,103 @@ def test_more_steps_than_tokens_stop_when_nothing_is_open() -> None:
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_steps=0 must be at least 1 \(--model.sampling.num_steps\)"):
         COMMITDecoding(0)
+
+
+def test_every_token_is_drawn_at_exactly_one_step() -> None:
+    """A model that predicts the number of its call: the steps share the tokens out, and what is closed stays."""
+
+    class Counter(Recorder):
+        def forward(self, tokens: Tensor, label: Tensor | None, prompt: int, *prefix: Tensor) -> Tensor:
+            super().forward(tokens, label, prompt, *prefix)
+            call = torch.tensor(len(self.seen) - 1)
+            return F.one_hot(call, 12).float().expand(2, 96, 1, 12) * 1000
+
+    model = Counter(torch.empty(1, 1, 1))
+    noise = seeded_noise(torch.tensor([1, 2]), "cpu")
+    is_condition = torch.arange(96) < 40
+    out = commit_decode(model, torch.full((2, 96), 11), is_condition, COMMITDecoding(12), noise)
+    open_after = [96, *(num_corrupted_tokens("cosine", step / 12, 96) for step in range(1, 12)), 0]
+    expected = [before - after for before, after in pairwise(open_after)]
+    assert out[0].bincount(minlength=12).tolist() == out[1].bincount(minlength=12).tolist() == expected
+    assert expected[-1] == open_after[-2] > 0
+
+
+def test_latent_decoding_keeps_the_known_tokens() -> None:
+    model, condition, is_condition = random_problem()
+    model.masking = "latent"
+    noise = seeded_noise(torch.tensor([1, 2]), "cpu")
+    out = commit_decode(model, condition, is_condition, COMMITDecoding(4), noise)
+    assert torch.equal(out[:, is_condition], condition[:, is_condition])
+    assert [(tokens == 99).sum(dim=1).tolist()[0] for tokens in model.seen] == [16, 14, 11, 6]
+
+
+def test_prefix_decoding_starts_from_masks_alone() -> None:
+    model, condition, is_condition = random_problem()
+    model.masking = "prefix"
+    commit_decode(model, condition, is_condition, COMMITDecoding(3), seeded_noise(torch.tensor([1, 2]), "cpu"))
+    assert (model.seen[0] == 99).all()
+    assert all(torch.equal(asked[2], condition.where(is_condition, 99)) for asked in model.asked)
+
+
+def test_guidance_compares_with_masks_and_without_class() -> None:
+    model, condition, is_condition = random_problem()
+    label = torch.tensor([1, 2])
+    settings = COMMITDecoding(3, guidance_scale=2.0)
+    commit_decode(model, condition, is_condition, settings, seeded_noise(label, "cpu"), label, 3, free_prompt=5)
+    assert len(model.seen) == 6
+    guided, free = model.seen[::2], model.seen[1::2]
+    assert [asked[:2] for asked in model.asked] == [(label, 3), (None, 5)] * 3
+    assert torch.equal(guided[0], condition.where(is_condition, 99))
+    assert (free[0] == 99).all()
+    is_drawn = guided[2] != guided[0]
+    assert torch.equal(free[2][is_drawn], guided[2][is_drawn])
+    assert (free[2][~is_drawn & is_condition] == 99).any()
+
+
+def test_guidance_moves_away_from_the_free_prediction() -> None:
+    """Logits l + w (l - f): with l = 0 and f for code 0, code 0 is never drawn."""
+
+    class Two(Recorder):
+        def forward(self, tokens: Tensor, label: Tensor | None, prompt: int, *prefix: Tensor) -> Tensor:
+            return torch.zeros(1, N, 1, K) if label is not None else F.one_hot(torch.zeros(1, N, 1).long(), K) * 100.0
+
+    out = commit_decode(
+        Two(torch.empty(0)),
+        draw(1, N),
+        torch.zeros(N, dtype=torch.bool),
+        COMMITDecoding(3, guidance_scale=1.0),
+        seeded_noise(torch.tensor([1]), "cpu"),
+        torch.tensor([0]),
+    )
+    assert (out > 0).all()
+    assert len(out.unique()) > 3
+
+
+@pytest.mark.parametrize("groups", [1, 4, 5])
+def test_a_revise_round_draws_every_token_once_given_all_others(groups: int) -> None:
+    model, condition, is_condition = random_problem()
+    noise = seeded_noise(torch.tensor([1, 2]), "cpu")
+    settings = COMMITDecoding(1, revise_rounds=2, revise_groups=groups)
+    out = commit_decode(model, condition, is_condition, settings, noise)
+    assert len(model.seen) == 1 + 2 * groups
+    start = condition.where(is_condition, 99)
+    for round_ in range(2):
+        shown = torch.stack(model.seen[1 + round_ * groups : 1 + (round_ + 1) * groups])  # [groups, 2, N]
+        hidden = (shown == 99)[..., ~is_condition]
+        assert (hidden.sum(dim=0) == 1).all()  # in one group each
+        assert (shown == start).any(dim=0).all()
+    assert 0 <= out.min() <= out.max() < K
+
+
+def test_revising_at_no_temperature_takes_the_most_likely_codes() -> None:
+    model, condition, is_condition = random_problem()
+    noise = seeded_noise(torch.tensor([1, 2]), "cpu")
+    settings = COMMITDecoding(2, revise_rounds=1, revise_temperature=1e-6)
+    out = commit_decode(model, condition, is_condition, settings, noise)
+    assert torch.equal(out, model.logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize(("setting", "least"), [("revise_rounds", 0), ("revise_groups", 1)])
+def test_settings_out_of_range_are_refused(setting: str, least: int) -> None:
+    with pytest.raises(ValueError, match=rf"{setting}=-1 must be at least {least} \(--model.sampling.{setting}\)"):
+        COMMITDecoding(**{setting: -1})

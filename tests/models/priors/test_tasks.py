@@ -5,9 +5,13 @@ import torch
 from torch import Tensor
 
 from models.priors.tasks import (
+    BLACK_TASKS,
     EMPTY_TASKS,
     SHARED_PROMPTS,
+    SHORT_NAMES,
     TASKS,
+    blackened,
+    closest_task,
     condition_tokens,
     known_region,
     moving_left_edges,
@@ -177,3 +181,39 @@ def test_a_number_of_past_frames_that_leaves_nothing_to_do_is_refused(past_frame
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no task 'juggling'. Tasks: frame_prediction, .*unconditional"):
         known_region("juggling", (16, 8, 8))
+
+
+def test_a_causal_tokenizer_gives_the_first_frame_a_token_of_its_own() -> None:
+    grid = (5, 16, 16)
+    one = condition_tokens("frame_prediction", grid, DOWNSAMPLE, causal=True)
+    assert one.sum(dim=(1, 2)).tolist() == [256, 0, 0, 0, 0]
+    assert condition_tokens("frame_prediction", grid, DOWNSAMPLE, past_frames=5, causal=True).sum() == 512
+    assert condition_tokens("frame_interpolation", grid, DOWNSAMPLE, causal=True).sum(dim=(1, 2)).tolist() == [
+        256, 0, 0, 0, 256,
+    ]  # fmt: skip
+    known = torch.zeros(9, 8, 8, dtype=torch.bool)
+    known[4, 0, 0] = True  # frames 0 | 1-4 | 5-8
+    assert supervoxel_condition(known, DOWNSAMPLE, causal=True).flatten().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in (*EMPTY_TASKS, "class_frame_prediction")])
+def test_a_mask_is_most_like_the_task_that_has_it(task: str) -> None:
+    region = known_region(task, (16, 32, 32), 3)
+    assert closest_task(region, TASKS, 3) == task
+    assert closest_task(torch.stack([region, region]), TASKS, 3) == task
+
+
+def test_a_mask_of_its_own_is_padded_with_black_even_where_pixels_are_no_numbers() -> None:
+    video, known = random_video(), torch.rand(2, 16, 16, 16, generator=keyed_generator(4)) < 0.5
+    broken = torch.where(known[:, None], video, torch.nan)
+    padded = blackened(broken, known)
+    assert torch.equal(padded, torch.where(known[:, None], video, -1.0))
+    for task in BLACK_TASKS:
+        region = known_region(task, (16, 16, 16))
+        assert torch.equal(blackened(video, region), padded_video(video, task))
+
+
+def test_short_names_are_those_of_tasks() -> None:
+    assert set(SHORT_NAMES.values()) == set(TASKS) - {"unconditional"}
+    assert SHORT_NAMES["inpaint_central"] == "central_inpainting"
+    assert not set(SHORT_NAMES) & set(TASKS)
