@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,11 +18,22 @@ import datamodules
 import experiments.evaluate
 from datamodules import MovingShapesDataModule
 from experiments.cli import main
-from experiments.evaluate import Plan, begin, generated_frames, leak, left_out, load_detectors, protocol_data
+from experiments.evaluate import (
+    Examined,
+    PartClips,
+    Plan,
+    begin,
+    generated_frames,
+    leak,
+    left_out,
+    load_detectors,
+    protocol_data,
+)
 from experiments.protocol import FOLDER, Protocol, known_protocols, read_protocol
 from lightning_modules import MeBTModule, VQGAN3DModule
 from lightning_modules.generator import Condition
 from models.metrics import Detector, DetectorCard, FrechetDistance, Preprocessing, frame_psnr
+from models.shapes_world import CLASS_NAMES
 
 TINY = {
     "title": "A tiny world",
@@ -353,3 +365,90 @@ def test_a_causal_model_makes_more_frames_than_are_scored() -> None:
 def test_inception_score_of_videos_is_left_out_with_a_note() -> None:
     notes = left_out(read_protocol("ucf101_magvit"), {}, None)
     assert notes == ["inception_score: needs C3D (--c3d FILE --c3d_sha256 ...)"]
+
+
+class Knowing(LightningModule):
+    """Makes true clips of the classes that it is asked for, and remembers what it was asked."""
+
+    class_conditional, num_classes = True, 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = MovingShapesDataModule(num_val=300, num_frames=16, resolution=32, max_objects=1, texture=0.0)
+        self.data.setup("validate")
+        self.asked: list[Condition] = []
+
+    def generate(self, condition: Condition, num_frames: int, seeds: Tensor) -> Tensor:
+        self.asked.append(condition)
+        clips = self.data.datasets["val"]
+        labels = condition.label.tolist()
+        found = [next(i for i in range(300) if clips.ground_truth(i).label == label) for label in labels]
+        return torch.stack([clips.render(i) for i in found])
+
+
+def examined(model: LightningModule, **changes: Any) -> Examined:
+    work = plan(clips=5, **({"order": "listed", "real": None, "scores": ("oracle",)} | changes))
+    return Examined(model, work, {"main": toy_detector()}, None, Path("nowhere"), 16, 4, list(CLASS_NAMES))
+
+
+def clips_of(work: Examined, kind: str, number: int = 0) -> dict[str, Any]:
+    data = MovingShapesDataModule(**TINY["data"]["init_args"])
+    data.setup("validate")
+    clips = PartClips(work.parts, work.plan, data.datasets["val"], work.reads)
+    return clips[[part.kind for part in work.parts].index(kind) + number]
+
+
+@pytest.mark.parametrize("labels", ["even", "clips"])
+def test_samples_are_held_to_the_classes_that_were_asked_for(labels: str) -> None:
+    model = Knowing()
+    work = examined(model, labels=labels)
+    assert (work.conditions, work.reads) == ("class", {"even": "nothing", "clips": "label"}[labels])
+    batch = clips_of(work, "generated")
+    kept = work._generated(work.parts[batch["part"]], 0, 4, batch)
+    assert kept["shapes_class_accuracy"].tolist() == [1.0] * 4
+    if labels == "clips":
+        truth = MovingShapesDataModule(**TINY["data"]["init_args"]).make_dataset("val")
+        expected = [truth.ground_truth(clip).label for clip in kept["clip"].tolist()]
+        assert model.asked[0].label.tolist() == expected
+        assert batch["video"].shape[2] == 1  # no more is read than the label takes
+
+
+def test_known_pixels_are_those_of_the_clip_that_a_sample_is_compared_with() -> None:
+    class Continuing(Knowing):
+        class_conditional = False
+
+        def generate(self, condition: Condition, num_frames: int, seeds: Tensor) -> Tensor:
+            self.asked.append(condition)
+            return condition.past[:, :, :1].expand(-1, -1, num_frames, -1, -1)
+
+    model = Continuing()
+    work = examined(model, given_frames=5, scores=("psnr_ssim",))
+    assert (work.conditions, work.reads) == ("pixels", "pixels")
+    batch = clips_of(work, "generated")
+    kept = work._generated(work.parts[batch["part"]], 0, 4, batch)
+    assert torch.equal(model.asked[0].past, batch["video"][:4, :, :5])
+    still = batch["video"][:4, :, :1].expand(-1, -1, 16, -1, -1)
+    assert torch.allclose(kept["psnr"], frame_psnr(still, batch["video"][:4]).mean(1))
+    assert kept["clip"].tolist() == batch["index"][:4].tolist()
+
+
+def test_of_several_futures_the_best_counts() -> None:
+    work = examined(Knowing(), scores=("psnr_ssim",), samples=4)
+    made = {"clip": torch.tensor([0, 1, 0, 1]), "psnr": torch.tensor([10.0, 20.0, 30.0, 5.0])}
+    assert work._means(made) == {"psnr": 25.0}
+
+
+def test_a_model_that_reads_no_text_cannot_be_asked_by_text() -> None:
+    with pytest.raises(ValueError, match="asks for videos by text; Knowing reads none"):
+        examined(Knowing(), texts={"Archery": "An archer"})
+
+
+def test_a_model_of_several_tasks_is_told_no_more_than_the_protocol_gives() -> None:
+    class Versatile(Knowing):
+        tasks = ("frame_prediction", "class_conditional")
+
+        def checked_task(self, task: str | None) -> str | None:
+            return task
+
+    assert examined(Versatile()).conditions == "class"
+    assert examined(Versatile(), task="frame_prediction").conditions == "pixels"
