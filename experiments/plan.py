@@ -161,16 +161,19 @@ def mebt_step(module: MeBTModule, batch: dict[str, Tensor], frames: int) -> Tens
 
 
 def tats_step(module: TATSModule, batch: dict[str, Tensor], frames: int) -> Tensor:
-    """All codes of a clip."""
-    return module.code_nll({**batch, "codes": batch["codes"][:, :frames]}).mean()
+    """All codes of a clip, after any condition: what makes its tokens counts for nothing."""
+    network, codes = module.network, batch["codes"][:, : frames : module.latent_stride].flatten(1)
+    condition = codes.new_zeros(len(codes), network.condition_length) if network.condition_size else None
+    targets = codes + network.condition_size
+    return nn.functional.cross_entropy(network.code_logits(codes, condition).float().transpose(1, 2), targets)
 
 
 def commit_step(module: COMMITModule, batch: dict[str, Tensor], frames: int) -> Tensor:
     """All tokens, for a task with a class if the model has classes."""
     codes = batch["codes"].flatten(1)
-    logits = module.network(codes, batch["label"] if module.num_classes else None, 0)
-    smoothing = module.hparams["label_smoothing"]
-    return nn.functional.cross_entropy(logits.float().transpose(1, 2), codes, label_smoothing=smoothing)
+    prefix = (codes,) if module.network.masking == "prefix" else ()
+    logits = module.network(codes, batch["label"] if module.num_classes else None, 0, *prefix)
+    return module.network.nll(logits, codes, module.hparams["label_smoothing"]).mean()
 
 
 def walt_step(module: WALTModule, batch: dict[str, Tensor], frames: int) -> Tensor:
