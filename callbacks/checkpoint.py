@@ -181,9 +181,10 @@ class Checkpoint(ModelCheckpoint):
         """
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"] if "loops" in checkpoint else None
-        if self._is_exceptional and batches and batches["is_last_batch"]:
+        # fetching the last batch makes it the last one; only once it was worked on, there is something to take back
+        if self._is_exceptional and batches and batches["current"]["ready"] == trainer.num_training_batches:
             for count in (batches["current"], batches["total"]):
-                count["completed"] -= batches["current"]["ready"] > 0 and count["completed"] == count["ready"]
+                count["completed"] -= count["completed"] == count["ready"]
 
     # The last step
 

@@ -299,14 +299,15 @@ def read_codes(folder: Path, split: Split) -> tuple[dict[str, Tensor], dict[str,
     """Read all codes of a split into memory: for numbers over small caches.
 
     Returns:
-        `codes` int64 `[n, t, h, w]` with `label` and `index` `[n]`, and the cache's header.
+        `codes` int64 `[n, t, h, w]` and those of all conditions, `task/<name>`, with `label` and `index` `[n]`, and the
+        cache's header.
 
     Raises:
         FileNotFoundError: If there is no complete cache.
         ValueError: If it does not hold codes.
     """
     header = read_header(folder, ["codes"], COMMAND)
-    clips = CachedTokens(folder, split, header)
+    clips = CachedTokens(folder, split, header, header["tasks"])
     copies = header["copies"][split]
     return collate_clips([clips[ClipRequest(i, epoch)] for epoch in range(copies) for i in range(len(clips))]), header
 

@@ -387,7 +387,7 @@ class Examined(LightningModule):
         elif self.asks_class:
             given["label"] = labels
         if self.asks_pixels:
-            given["past"] = clips["video"][:, :, : self.protocol.given_frames]
+            given["video"] = clips["video"][:, :, : self.protocol.given_frames]
         return Condition(**given)
 
     def _starts(self) -> range:

@@ -202,7 +202,7 @@ class LongtakeTrainer(Trainer):
             ("fps", fps, 1),
         ):
             if value is not None and value < least:
-                raise ValueError(f"{name}={value} is too small: at least {least} (--{name}).")
+                raise ValueError(f"{name}={value:g} is too small: at least {least} (--{name}).")
         frames = model.num_frames if num_frames is None else num_frames
         seeds = range(first_seed, first_seed + num_samples)
         if mask is not None and input is None:

@@ -46,13 +46,13 @@ def test_scripts_are_found_by_their_names(
     monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
     with pytest.raises(SystemExit):
         benchmarks.main()
-    assert "there is no benchmark speed; there are: data" in capsys.readouterr().err
+    assert "there is no benchmark speed; there are: commit, data, " in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_data_path_can_be_measured() -> None:
     rows = {row.name: row for row in data.run(quick=True)}
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert all(row.value > 0 for row in rows.values())
     assert rows["cached codes: batches/s / tokenizing online"].value > 1
 

@@ -419,14 +419,14 @@ def test_known_pixels_are_those_of_the_clip_that_a_sample_is_compared_with() -> 
 
         def generate(self, condition: Condition, num_frames: int, seeds: Tensor) -> Tensor:
             self.asked.append(condition)
-            return condition.past[:, :, :1].expand(-1, -1, num_frames, -1, -1)
+            return condition.video[:, :, :1].expand(-1, -1, num_frames, -1, -1)
 
     model = Continuing()
     work = examined(model, given_frames=5, scores=("psnr_ssim",))
     assert (work.conditions, work.reads) == ("pixels", "pixels")
     batch = clips_of(work, "generated")
     kept = work._generated(work.parts[batch["part"]], 0, 4, batch)
-    assert torch.equal(model.asked[0].past, batch["video"][:4, :, :5])
+    assert torch.equal(model.asked[0].video, batch["video"][:4, :, :5])
     still = batch["video"][:4, :, :1].expand(-1, -1, 16, -1, -1)
     assert torch.allclose(kept["psnr"], frame_psnr(still, batch["video"][:4]).mean(1))
     assert kept["clip"].tolist() == batch["index"][:4].tolist()

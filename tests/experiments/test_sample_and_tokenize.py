@@ -51,6 +51,7 @@ def test_sample_writes_a_video_for_each_seed_a_sheet_and_what_they_are(sample, m
         "num_frames": 16,
         "task": None,
         "label": None,
+        "text": None,
         "input": None,
         "mask": None,
         "seeds": [7, 8, 9],
