@@ -43,11 +43,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## embedded video, tokenizer, MeBT, samples and numbers; CPU, under 10 minutes
 	$(LONGTAKE) demo $(ARGS)
 
-test: $(STAMP) ## run the whole test suite
-	$(VENV)/bin/python -m pytest $(ARGS)
+test: $(STAMP) ## run the whole test suite, in two processes
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-faults: $(STAMP) ## kill runs with SIGKILL at random moments, and compare; minutes
-	$(VENV)/bin/python -m pytest -m faults $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m faults $(ARGS)
 
 _known_experiment:
 	@test -f "experiments/$(EXP).yaml" || \

@@ -573,9 +573,8 @@ def test_given_frames_that_do_not_fit_are_refused(module: MeBTModule, given_fram
 
 
 def test_tasks_and_clips_go_together(module: MeBTModule) -> None:
-    for condition in (Condition(video=clips()), Condition(task="frame_prediction")):
-        with pytest.raises(ValueError, match="A task needs the clips"):
-            module.generate(condition, 16, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="The task frame_prediction needs the clips"):
+        module.generate(Condition(task="frame_prediction"), 16, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"task=juggling is none of MeBT's \(--task\)"):
         module.checked_task("juggling")
 
