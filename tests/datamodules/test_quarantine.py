@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class TestEveryKindOfBadFile:
             for name in names:
                 (root / split / f"{name}.avi").write_bytes(small_avi)
         monkeypatch.setattr(ReaderProcess, "script", Path(__file__).with_name("stub_reader.py"))
+        monkeypatch.setattr("datamodules.reader._readers", threading.local())  # an earlier test's is the real one
         return root
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from datamodules.reader import ReaderProcess, own_reader
 def reader() -> Iterator[ReaderProcess]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReaderProcess, "script", Path(__file__).with_name("stub_reader.py"))
+        patch.setattr("datamodules.reader._readers", threading.local())  # an earlier test's may be the real one
         yield ReaderProcess()
 
 
