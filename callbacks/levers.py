@@ -62,10 +62,16 @@ class Levers(Callback):
             pl_module.to(memory_format=torch.channels_last_3d)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the optimizers step in one kernel; what a checkpoint has brought moves to where that looks for it."""
+        """Let the optimizers step in one kernel; what a checkpoint has brought moves to where that looks for it.
+
+        Raises:
+            ValueError: if one has no such kernel.
+        """
         if not self.fused_optimizer:
             return
         for optimizer in trainer.optimizers:
+            if "fused" not in optimizer.defaults:
+                raise ValueError(f"{type(optimizer).__name__} has no fused form: leave --levers.fused_optimizer off.")
             for group in optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
             for parameter, state in optimizer.state.items():

@@ -87,6 +87,8 @@ class COMMITModule(VideoGenerator):
         label_smoothing: Share of the target that is spread over all codes.
         lr: Learning rate, as given: not rescaled by GPUs or batch size.
         betas: AdamW's betas.
+        muon_lr: Learning rate of Muon for the matrices of the blocks, which AdamW leaves to it then; 0 for AdamW
+            alone, as in the paper. About 0.02 where a run lasts minutes.
         weight_decay: Weight decay of Linear weights; nothing else decays.
         warmup_steps: Steps of linear warm-up; a half cosine leads to zero at trainer.max_steps.
         sampling: Decoding: steps, schedule, temperatures, filters.
@@ -127,6 +129,7 @@ class COMMITModule(VideoGenerator):
         label_smoothing: float = 1e-4,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.96),
+        muon_lr: float = 0.0,
         weight_decay: float = 0.045,
         warmup_steps: int = 5000,
         sampling: COMMITDecoding = COMMITDecoding(),

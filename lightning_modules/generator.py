@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.sharding import shard
+from models.optim import Muon, matrices, split_groups
 from models.random import keyed_generator
 from models.schedules import learning_rate_factor
 from models.tokenizers import VQGAN3D
@@ -279,8 +280,12 @@ class VideoGenerator(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """AdamW of groups of parameters."""
-        return AdamW(groups, lr=self.hparams["lr"], betas=self.hparams["betas"])
+        """AdamW of groups of parameters, or Muon for the matrices of the blocks, if it has a learning rate."""
+        settings: dict[str, Any] = {"lr": self.hparams["lr"], "betas": self.hparams["betas"]}
+        if self.hparams["muon_lr"] > 0:
+            blocks = getattr(self.network, "blocks", None) or self.network.layers
+            return Muon(split_groups(groups, matrices(blocks), self.hparams["muon_lr"]), **settings)
+        return AdamW(groups, **settings)
 
     # Generation
 

@@ -69,6 +69,8 @@ class MeBTModule(VideoGenerator):
         compile_network: Compile blocks for windows and masks of any size; costs a minute or so at the start.
         lr: Learning rate, as given: not rescaled by GPUs or batch size.
         betas: AdamW's betas.
+        muon_lr: Learning rate of Muon for the matrices of the blocks, which AdamW leaves to it then; 0 for AdamW
+            alone, as in the paper. About 0.02 where a run lasts minutes.
         weight_decay: Weight decay of Linear weights; nothing else decays.
         warmup_steps: Steps of linear warm-up.
         lr_schedule: `constant`, or `cosine` down to zero at trainer.max_steps.
@@ -107,6 +109,7 @@ class MeBTModule(VideoGenerator):
         compile_network: bool = False,
         lr: float = 3e-5,
         betas: tuple[float, float] = (0.9, 0.95),
+        muon_lr: float = 0.0,
         weight_decay: float = 1e-4,
         warmup_steps: int = 0,
         lr_schedule: Literal["constant", "cosine"] = "constant",

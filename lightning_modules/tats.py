@@ -76,6 +76,8 @@ class TATSModule(VideoGenerator):
         init_std: Standard deviation of initial weights and embeddings; the published 0.02 is for width 1024.
         lr: Learning rate, as given: not rescaled by GPUs or batch size.
         betas: AdamW's betas.
+        muon_lr: Learning rate of Muon for the matrices of the blocks, which AdamW leaves to it then; 0 for AdamW
+            alone, as in the paper. About 0.02 where a run lasts minutes.
         weight_decay: Weight decay of Linear weights; nothing else decays.
         warmup_steps: Steps of linear warm-up.
         lr_schedule: `constant`, or `cosine` down to zero at trainer.max_steps.
@@ -116,6 +118,7 @@ class TATSModule(VideoGenerator):
         init_std: float = 0.02,
         lr: float = 1.08e-4,
         betas: tuple[float, float] = (0.9, 0.95),
+        muon_lr: float = 0.0,
         weight_decay: float = 0.01,
         warmup_steps: int = 0,
         lr_schedule: Literal["constant", "cosine"] = "constant",

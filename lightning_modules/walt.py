@@ -101,6 +101,8 @@ class WALTModule(VideoGenerator):
             without scaling by the weights' own size).
         lr: Learning rate, as given: not rescaled by GPUs or batch size.
         betas: AdamW's betas (our choice).
+        muon_lr: Learning rate of Muon for the matrices of the blocks, which AdamW leaves to it then; 0 for AdamW
+            alone, as in the paper. About 0.02 where a run lasts minutes.
         weight_decay: Weight decay of Linear weights; nothing else decays (our choice).
         warmup_steps: Steps of linear warm-up (our choice).
         lr_schedule: `cosine` down to zero at trainer.max_steps, or `constant`.
@@ -160,6 +162,7 @@ class WALTModule(VideoGenerator):
         optimizer: Literal["adamw", "adafactor"] = "adamw",
         lr: float = 5e-4,
         betas: tuple[float, float] = (0.9, 0.99),
+        muon_lr: float = 0.0,
         weight_decay: float = 0.01,
         warmup_steps: int = 5000,
         lr_schedule: Literal["constant", "cosine"] = "cosine",
@@ -544,9 +547,15 @@ class WALTModule(VideoGenerator):
     # Training
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """The optimizer asked for."""
+        """The optimizer asked for.
+
+        Raises:
+            ValueError: if two are.
+        """
         if self.hparams["optimizer"] == "adamw":
             return super().make_optimizer(groups)
+        if self.hparams["muon_lr"] > 0:
+            raise ValueError("Muon takes AdamW beside it: optimizer=adafactor goes with --model.muon_lr=0.")
         # torch scales each step by the weights' root mean square, or by the second epsilon where that is larger: by 1,
         # so that gates and heads, which begin at zero, learn
         return Adafactor(groups, lr=self.hparams["lr"], eps=(None, 1.0))

@@ -70,13 +70,24 @@ def machine() -> dict[str, Any]:
 
 def seconds_of(function: Callable[[], Any], least_seconds: float, least_runs: int = 3) -> float:
     """Return the median time of a call, after one that is not counted, over at least so many runs and seconds."""
-    function()
-    times: list[float] = []
-    while len(times) < least_runs or sum(times) < least_seconds:
-        start = time.perf_counter()
+    return seconds_in_turn([function], least_seconds, least_runs)[0]
+
+
+def seconds_in_turn(
+    functions: Sequence[Callable[[], Any]], least_seconds: float, least_runs: int = 3
+) -> tuple[float, ...]:
+    """Return the median time of a call of each; they take turns, so that what else the machine does meets all alike."""
+    for function in functions:
         function()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    rounds: list[list[float]] = []
+    while len(rounds) < least_runs or sum(map(sum, rounds)) < least_seconds * len(functions):
+        times = []
+        for function in functions:
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        rounds.append(times)
+    return tuple(sorted(times)[len(times) // 2] for times in zip(*rounds, strict=True))
 
 
 def report(name: str, measurements: Sequence[Measurement], folder: Path, quick: bool) -> None:
