@@ -1,6 +1,7 @@
 """Finite scalar quantisation (Mentzer et al., 2023): each channel is rounded to a few levels, the code is their tuple.
 
-There is no codebook to learn, to collapse or to keep in step over ranks, and no loss beside the reconstruction.
+There is no codebook to learn, to collapse or to keep in step over ranks, and in the paper no loss beside the
+reconstruction.
 """
 
 import math
@@ -24,6 +25,8 @@ class FiniteScalarQuantizer(Quantizer):
 
     Args:
         levels: Number of values of each channel, at least 2; their product is the number of codes.
+        commitment_weight: Weight of the mean squared distance to the levels, in units of one. The paper has none (our
+            choice): with it, what hardly differs gets the same code more often, which a prior learns sooner.
     """
 
     codebook_size: int
@@ -31,11 +34,12 @@ class FiniteScalarQuantizer(Quantizer):
     half_levels: Tensor
     strides: Tensor
 
-    def __init__(self, levels: Sequence[int] = (8, 8, 8, 5, 5, 5)) -> None:
+    def __init__(self, levels: Sequence[int] = (8, 8, 8, 5, 5, 5), commitment_weight: float = 0.0) -> None:
         super().__init__()
         if not levels or min(levels) < 2:
             raise ValueError(f"levels={list(levels)}: expected at least 2 values for each channel, such as 8 5 5 5")
         self.levels = tuple(levels)
+        self.commitment_weight = commitment_weight
         self.dim = len(self.levels)
         self.codebook_size = math.prod(self.levels)
         strides = [math.prod(self.levels[:i]) for i in range(self.dim)]
@@ -52,18 +56,19 @@ class FiniteScalarQuantizer(Quantizer):
             generator: not needed: nothing is random.
 
         Returns:
-            Latents (rounding has the gradient of the identity, the bound its own), codes, no losses, and the batch's
-            `perplexity` and `usage`.
+            Latents (rounding has the gradient of the identity, the bound its own), codes, the loss `commitment` if it
+            has a weight, and the batch's `perplexity` and `usage`.
         """
         with torch.autocast(z.device.type, enabled=False):
             bounded = self.bound(z)  # [B, t, h, w, D], in units of one level
             levels = bounded.detach().round()
             codes = self._codes(levels)
             latents = straight_through(bounded, levels) / self.half_levels
+            distance = (bounded - levels).square().mean()
             return Encoded(
                 latents=rearrange(latents, "b t h w d -> b d t h w"),
                 codes=codes,
-                losses={},
+                losses={"commitment": self.commitment_weight * distance} if self.commitment_weight > 0 else {},
                 statistics=batch_statistics(codes, self.codebook_size, self.training),
             )
 

@@ -57,6 +57,17 @@ def test_gradient_is_that_of_the_bound() -> None:
     assert torch.allclose(gradient, (2 * 1.001 / 2) * (1 - torch.tanh(z) ** 2))
 
 
+def test_commitment_pulls_to_the_nearest_levels_and_is_off_unless_asked_for() -> None:
+    z = features(2).requires_grad_()
+    assert FiniteScalarQuantizer((5, 5))(z).losses == {}
+    quantizer = FiniteScalarQuantizer((5, 5), commitment_weight=3.0)
+    loss = quantizer(z).losses["commitment"]
+    away = quantizer.bound(z) - quantizer.bound(z).round()
+    torch.testing.assert_close(loss, 3 * away.square().mean())
+    nearer = z - 0.1 * torch.autograd.grad(loss, z)[0]
+    assert quantizer(nearer).losses["commitment"] < loss
+
+
 def test_codes_do_not_change_under_autocast() -> None:
     quantizer = FiniteScalarQuantizer()
     z = features(6)
