@@ -336,11 +336,13 @@ class Bench:
         """TATS' transformer after the condition's tokens, in a loop of its own: no module has such a prefix."""
 
         def finished(place: Path) -> tuple[Curve, dict[str, float]]:
+            train, about = read_codes(self.folder / "codes_of_prediction", "train")
+            size = about["codebook_size"]
             module = COMMITModule(
                 str(self.tokenizer),
                 num_frames=16,
                 resolution=64,
-                codebook_size=256,
+                codebook_size=size,
                 tasks=["frame_prediction"],
                 past_frames=KNOWN_FRAMES,
                 dim=8,  # for its tokenizer and its tasks only
@@ -348,11 +350,9 @@ class Bench:
                 num_heads=1,
             )
             module.load_tokenizer()
-            train, about = read_codes(self.folder / "codes_of_prediction", "train")
             known = module.condition_tokens("frame_prediction")
             codes = train["codes"].flatten(1)
             condition = train["task/frame_prediction"].flatten(1)[:, known]  # [n, C]
-            size = about["codebook_size"]
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 network = TATS(

@@ -79,7 +79,7 @@ SIZES = {
         tokenizer_flags=("--data.num_train=8", "--data.batch_size=2", "--model.tokenizer.encoder.base_channels=4"),
         prior_flags=("--model.dim=16", "--model.depth=1", "--model.num_heads=2"),
     ),
-    "short": Size((0, 1), tokenizer_steps=1150, prior_steps=1500, clips=2048, videos=32, frames=256),
+    "short": Size((0, 1), tokenizer_steps=700, prior_steps=800, clips=2048, videos=32, frames=256),
     "long": Size((0, 1, 2), tokenizer_steps=20_000, prior_steps=20_000, clips=16_384, videos=128, frames=480),
 }
 
@@ -218,7 +218,9 @@ def loaded(prior: Path) -> tuple[TATSModule, dict[str, Any]]:
 
 def world_of(options: dict[str, Any]) -> dict[str, Any]:
     """Of the demo's data, what its clips look like."""
-    return {name: options[name] for name in ("min_objects", "max_objects", "size", "speed", "texture")} | {"seed": 42}
+    return {name: options[name] for name in ("min_objects", "max_objects", "size", "speed", "texture", "shade")} | {
+        "seed": 42
+    }
 
 
 def features(detector: Detector, video: Tensor, device: torch.device) -> Any:

@@ -83,11 +83,11 @@ class Setting:
 
 SIZES = {
     "quick": Size(1, None, 2, width=2, resolution=32, batch_size=2, val_batches=1),
-    "short": Size(2, 300, 1000),
+    "short": Size(2, 200, 700),
     "long": Size(3, None, 20_000, width=64, blocks=2, resolution=128, batch_size=16),
 }
-# padding and inflation, 14 runs, have to fit into an hour of one core
-SHORTER_SECONDS = 200
+# padding and inflation, 14 runs, have to fit into half an hour of one core
+SHORTER_SECONDS = 120
 
 
 def compare(length: str, folder: Path, clips: Path | None = None) -> dict[str, Comparison]:
@@ -189,8 +189,8 @@ def comparison(title: str, runs: list[Run], size: Size, score: str = "psnr") -> 
 
 
 SETTING = (
-    "4 x 8 x 8 pixels a code, a codebook of 256 entries of 8 channels by moving averages, squared error alone, Adam "
-    "with a cosine learning rate"
+    "4 x 8 x 8 pixels a code, 625 codes by finite scalar quantisation, squared error alone, Muon with a "
+    "cosine learning rate"
 )
 
 
@@ -215,13 +215,13 @@ def time_agnostic(size: Size, **options: Any) -> Setting:
 def magvit(size: Size, **options: Any) -> Setting:
     """MAGVIT: time is halved at the side of the pixels."""
     options = levels(size, **options)
-    return Setting(WINDOW, ("MAGVITEncoder", options), ("MAGVITDecoder", {"latent_dim": 8, **options}))
+    return Setting(WINDOW, ("MAGVITEncoder", options), ("MAGVITDecoder", {"latent_dim": 4, **options}))
 
 
 def causal(size: Size, **options: Any) -> Setting:
     """MAGVIT-v2 and W.A.L.T: the first frame stands alone."""
     options = levels(size, **options)
-    return Setting(WINDOW + 1, ("CausalEncoder", options), ("CausalDecoder", {"latent_dim": 8, **options}))
+    return Setting(WINDOW + 1, ("CausalEncoder", options), ("CausalDecoder", {"latent_dim": 4, **options}))
 
 
 def levels(size: Size, **options: Any) -> dict[str, Any]:

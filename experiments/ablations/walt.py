@@ -167,7 +167,7 @@ def scores(model: Any, size: Length) -> dict[str, float]:
     from models.metrics.shapes_oracle import score_clips
 
     world = yaml.safe_load((EXPERIMENTS / "_base/demo.yaml").read_text())["data"]["init_args"]
-    known = {name: world[name] for name in ("min_objects", "max_objects", "size", "speed", "texture")}
+    known = {name: world[name] for name in ("min_objects", "max_objects", "size", "speed", "texture", "shade")}
     clips = MovingShapes("val", 1000, 17, resolution=size.resolution, seed=42, **known)
     real = torch.stack([clips.render(32 + i) for i in range(max(2, size.samples))])
     seeds = torch.arange(max(2, size.samples)).split(16)
