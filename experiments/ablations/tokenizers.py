@@ -83,11 +83,11 @@ class Setting:
 
 SIZES = {
     "quick": Size(1, None, 2, width=2, resolution=32, batch_size=2, val_batches=1),
-    "short": Size(2, 200, 700),
+    "short": Size(2, 150, 500),
     "long": Size(3, None, 20_000, width=64, blocks=2, resolution=128, batch_size=16),
 }
 # padding and inflation, 14 runs, have to fit into half an hour of one core
-SHORTER_SECONDS = 120
+SHORTER_SECONDS = 100
 
 
 def compare(length: str, folder: Path, clips: Path | None = None) -> dict[str, Comparison]:
