@@ -7,6 +7,7 @@ import io
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -95,41 +96,73 @@ def gif_bytes(frames: np.ndarray, fps: float) -> bytes:
     return data.getvalue()
 
 
-def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Write frames as an MP4 that browsers play: H.264 (crf 18) where FFmpeg has libx264, otherwise MPEG-4.
+class MP4Writer:
+    """Writes frames, as they come, as an MP4 that browsers play: H.264 (crf 18) where FFmpeg has libx264, else MPEG-4.
 
-    Missing folders are made. The file appears under its name only when it is complete. Odd sizes are made even, as
-    yuv420p asks for, by repeating the last row or column.
+    Missing folders are made. The file appears under its name when it is complete, on leaving the context without an
+    error; an existing one is replaced. Odd sizes are made even, as yuv420p asks for, by repeating the last row or
+    column.
+
+    Args:
+        path: The file to write.
+        fps: Frames a second.
+    """
+
+    def __init__(self, path: str | Path, fps: float) -> None:
+        self.path = Path(path)
+        self.rate = Fraction(fps).limit_denominator(1001)
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._stream: Any = None
+        self._reformatter = VideoReformatter()
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append frames `[n, H, W, 3]` uint8, all of one size."""
+        _, height, width, _ = frames.shape
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._stream is None:
+            self._stream = self._new_stream(*frames.shape[1:3])
+        for frame in frames:
+            # One thread: a process that is forked while an idle converter has threads would wait for them for ever.
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            yuv = self._reformatter.reformat(rgb, format="yuv420p", threads=1)
+            self._container.mux(self._stream.encode(yuv))
+
+    def __exit__(self, kind: object, *about: object) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())  # what the encoder holds back
+            self._container.close()
+            if kind is None:
+                self._partial.replace(self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _new_stream(self, height: int, width: int) -> Any:
+        if "libx264" in av.codecs_available:
+            stream: Any = self._container.add_stream("libx264", rate=self.rate, options={"crf": "18"})
+        else:
+            # constant quality 2 of 1..31, in FFmpeg's units of 118
+            options = {"flags": "+qscale", "global_quality": "236"}
+            stream = self._container.add_stream("mpeg4", rate=self.rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        return stream
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Write frames `[T, H, W, 3]` uint8 as an MP4, see `MP4Writer`.
 
     Args:
         path: the file to write; an existing one is replaced.
         frames: `[T, H, W, 3]` uint8.
         fps: frames a second.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            rate = Fraction(fps).limit_denominator(1001)
-            if "libx264" in av.codecs_available:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
-            else:
-                # constant quality 2 of 1..31, in FFmpeg's units of 118
-                stream = container.add_stream("mpeg4", rate=rate, options={"flags": "+qscale", "global_quality": "236"})
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            reformatter = VideoReformatter()
-            for frame in frames:
-                # One thread: a process that is forked while an idle converter has threads would wait for them for ever.
-                rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                container.mux(stream.encode(reformatter.reformat(rgb, format="yuv420p", threads=1)))
-            container.mux(stream.encode())  # what the encoder holds back
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with MP4Writer(path, fps) as writer:
+        writer.write(frames)
 
 
 def contact_sheet(video: Tensor, columns: int = 8) -> Image.Image:

@@ -46,8 +46,6 @@ def main(args: Sequence[str]) -> None:
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
         return result
 
-    import torch
-
     from callbacks.sample_writer import SampleWriter
     from experiments.export import main as export
     from experiments.lightning_cli import run
@@ -73,7 +71,8 @@ def main(args: Sequence[str]) -> None:
     numbers |= code_numbers(codes) | reconstruction_numbers(tokenizer, pixels.datamodule)
     seconds["numbers"], clock = time.perf_counter() - clock, time.perf_counter()
     writer = next(callback for callback in samples.trainer.callbacks if isinstance(callback, SampleWriter))
-    scores = scores_of(tokenizer, pixels.datamodule, torch.stack(writer.shown) / 127.5 - 1)
+    assert writer.shown is not None
+    scores = scores_of(tokenizer, pixels.datamodule, writer.shown / 127.5 - 1)
     seconds["scores"] = time.perf_counter() - clock
     written = {"numbers": numbers, "scores": scores, "seconds": seconds}
     (out / "numbers.json").write_text(json.dumps(written, indent=2) + "\n")

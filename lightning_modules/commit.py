@@ -602,11 +602,11 @@ class COMMITModule(VideoGenerator):
             video[rows] = self.generate(self.condition(batch, task, rows), self.num_frames, seeds[rows])
         return video
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Generate the videos of the seeds in the batch; without a label, seed i has class i modulo their number.
 
         Returns:
-            `seeds`, `video`, and where pixels are known `condition` `[B, 3, T, H, W]`, as the tokenizer is shown it,
+            `seeds`, `pieces`, and where pixels are known `condition` `[B, 3, T, H, W]`, as the tokenizer is shown it,
             and `known` `[B, T, H, W]`.
         """
         num_frames = batch["num_frames"]
@@ -614,7 +614,7 @@ class COMMITModule(VideoGenerator):
         if batch.get("known") is not None and batch["task"] is None:
             batch["task"] = self.whole_clips(Condition(video=batch["video"], known=batch["known"])).task
         request = self.condition(batch, self.checked_task(batch["task"]))
-        made = {"seeds": batch["seeds"], "video": self.generate(request, num_frames, batch["seeds"])}
+        made = {"seeds": batch["seeds"], "pieces": self.iter_generate(request, num_frames, batch["seeds"])}
         if request.video is not None:
             shown, known = self.padded(self.whole_clips(request))
             rest = num_frames - self.num_frames  # of which nothing is known

@@ -1,7 +1,7 @@
 """What all second-stage models share: a frozen tokenizer, codes from batches, and the interface that callbacks use."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -309,6 +309,34 @@ class VideoGenerator(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return tokenizer.decode(tokenizer.codes_to_latents(codes))
 
+    def iter_decode(self, codes: Tensor) -> Iterator[Tensor]:
+        """Codes `[B, t, h, w]` to the pieces of what `decode_codes` gives, of varying length, at constant memory.
+
+        A tokenizer that needs the whole clip gives one piece.
+        """
+        tokenizer = self._placed_tokenizer()
+        if tokenizer.decoder.whole_clip_reason() is not None:
+            yield self.decode_codes(codes)
+            return
+        pieces = tokenizer.iter_decode(tokenizer.codes_to_latents(frame) for frame in codes.split(1, dim=1))
+        while True:
+            # around each piece: a context around a `yield` would hold for whoever is given the piece, too
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def iter_generate(
+        self, condition: Condition, num_frames: int, seeds: Tensor, sampling: Any = None
+    ) -> Iterator[Tensor]:
+        """Generate as `generate` does, and give the video in pieces.
+
+        Yields:
+            The next frames `[B, 3, n, H, W]` in [-1, 1], of varying number n; all at once unless a model can do better.
+        """
+        yield self.generate(condition, num_frames, seeds, sampling)
+
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show: `[len(seeds), 3, T, H, W]`."""
         return self.generate(Condition(), self.num_frames, seeds)
@@ -332,7 +360,11 @@ class VideoGenerator(LightningModule):
         """Frames that a video must have at least, for a task to start from."""
         return self.num_frames
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Generate the videos of the seeds in the batch."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Generate the videos of the seeds in the batch.
+
+        Returns:
+            `seeds`, and `pieces`, an iterable of the next frames of all of them.
+        """
         condition = Condition(batch.get("label"), batch.get("video"), batch.get("task"), batch.get("known"))
-        return {"seeds": batch["seeds"], "video": self.generate(condition, batch["num_frames"], batch["seeds"])}
+        return {"seeds": batch["seeds"], "pieces": self.iter_generate(condition, batch["num_frames"], batch["seeds"])}

@@ -1,6 +1,6 @@
 """MeBT's second stage: masked-token modelling of long videos, on windows that a curriculum lets grow (CVPR 2023)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -434,23 +434,32 @@ class MeBTModule(VideoGenerator):
         Raises:
             ValueError: If condition or length do not fit.
         """
-        sampling = sampling or self.sampling
+        return self.decode_codes(self.codes_for(condition, num_frames, seeds, sampling or self.sampling))
+
+    def iter_generate(
+        self, condition: Condition, num_frames: int, seeds: Tensor, sampling: DraftAndRevise | None = None
+    ) -> Iterator[Tensor]:
+        """Generate all codes, then the pixels in pieces, at constant memory; arguments and errors as of `generate`."""
+        return self.iter_decode(self.codes_for(condition, num_frames, seeds, sampling or self.sampling))
+
+    def codes_for(self, condition: Condition, num_frames: int, seeds: Tensor, sampling: DraftAndRevise) -> Tensor:
+        """Return the codes `[B, t, h, w]` of what `generate` makes."""
         task, video, label = self.checked_task(condition.task), condition.video, condition.label
         if task is None:
             first_frames = condition.first_frames()
             past = None if first_frames is None else self.encode_video(first_frames.to(self.device))
-            return self.decode_codes(self.generate_codes(num_frames, seeds, sampling, label, past))
+            return self.generate_codes(num_frames, seeds, sampling, label, past)
         if video is None:
             raise ValueError(f"The task {task} needs the clips that it gives a part of: Condition(video=...).")
         codes, keep = self.known_codes(video.to(self.device), task, sampling)
         if task == "frame_prediction":
             past = codes[:, : int(keep[:, 0, 0].sum())]
-            return self.decode_codes(self.generate_codes(num_frames, seeds, sampling, label, past))
+            return self.generate_codes(num_frames, seeds, sampling, label, past)
         if num_frames != video.shape[2]:
             raise ValueError(
                 f"num_frames={num_frames} does not fit the task {task}: its clips have {video.shape[2]} frames."
             )
-        return self.decode_codes(self.edit_codes(codes, keep, seeds, sampling, label))
+        return self.edit_codes(codes, keep, seeds, sampling, label)
 
     def checked_task(self, task: str | None, label: int | None = None) -> str | None:
         """Return the task; None is generation from nothing.
@@ -475,9 +484,9 @@ class MeBTModule(VideoGenerator):
         label = self.labels(batch)
         return self.generate(Condition(None if label is None else label[: len(seeds)]), self.num_frames, seeds)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Generate the videos of the seeds in the batch; without a label, seed s has class s modulo their number."""
         seeds = batch["seeds"]
         label = self.labels({"label": seeds % max(1, self.num_classes)} | batch)
         condition = Condition(label, batch.get("video"), batch["task"])
-        return {"seeds": seeds, "video": self.generate(condition, batch["num_frames"], seeds)}
+        return {"seeds": seeds, "pieces": self.iter_generate(condition, batch["num_frames"], seeds)}

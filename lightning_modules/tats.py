@@ -518,16 +518,7 @@ class TATSModule(VideoGenerator):
         Yields:
             The next frames `[B, 3, n, H, W]` in [-1, 1], of varying number n; together what `generate` returns.
         """
-        codes = self.generate_codes(condition, num_frames, seeds, sampling)
-        tokenizer = self._placed_tokenizer()
-        pieces = tokenizer.iter_decode(tokenizer.codes_to_latents(frame) for frame in codes.split(1, dim=1))
-        while True:
-            # around each piece: a context around a `yield` would hold for whoever is given the piece, too
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+        return self.iter_decode(self.generate_codes(condition, num_frames, seeds, sampling))
 
     @torch.no_grad()
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
@@ -560,7 +551,7 @@ class TATSModule(VideoGenerator):
         """Whether texts or sounds are to be taken from clips of the data."""
         return self.hparams["text_tokenizer"] is not None or self.hparams["audio_tokenizer"] is not None
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Generate the videos of the seeds in the batch, of its labels, texts or sounds.
 
         Without labels the classes take turns, that of seed s being s modulo classes, or are those of a balanced set.
@@ -571,4 +562,4 @@ class TATSModule(VideoGenerator):
             if (size := self.sampling.class_set) is not None:
                 labels = balanced_classes(size, self.num_classes, self.seed)[seeds.cpu() % size]
             batch = batch | {"label": labels}
-        return {"seeds": seeds, "video": self.generate(self.batch_condition(batch), batch["num_frames"], seeds)}
+        return {"seeds": seeds, "pieces": self.iter_generate(self.batch_condition(batch), batch["num_frames"], seeds)}

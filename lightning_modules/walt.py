@@ -950,10 +950,10 @@ class WALTModule(VideoGenerator):
             low_res=low_res,
         )
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Generate the videos of the seeds in the batch."""
         condition = self._condition(batch, len(batch["seeds"]), batch["task"])
-        return {"seeds": batch["seeds"], "video": self.generate(condition, batch["num_frames"], batch["seeds"])}
+        return {"seeds": batch["seeds"], "pieces": self.iter_generate(condition, batch["num_frames"], batch["seeds"])}
 
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show, with the batch's conditions; its first frames too, if the model needs them."""

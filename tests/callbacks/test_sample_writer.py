@@ -16,18 +16,18 @@ from models.random import keyed_generator
 ABOUT = {"checkpoint": "here.ckpt", "seeds": [3, 4, 12345678]}
 
 
-def videos(seeds: list[int], num_frames: int = 5) -> dict[str, torch.Tensor]:
-    """Smooth videos, each of its own brightness: what a codec keeps."""
+def videos(seeds: list[int], num_frames: int = 5) -> dict[str, Any]:
+    """Smooth videos in two pieces, each of its own brightness: what a codec keeps."""
     shades = torch.tensor([(seed % 7) / 3.5 - 1 for seed in seeds])
     video = shades.view(-1, 1, 1, 1, 1).expand(-1, 3, num_frames, 16, 24)
-    return {"seeds": torch.tensor(seeds), "video": video}
+    return {"seeds": torch.tensor(seeds), "pieces": iter(video.split(3, dim=2))}
 
 
-def write(writer: SampleWriter, *batches: dict[str, torch.Tensor], is_global_zero: bool = True) -> None:
+def write(writer: SampleWriter, *batches: dict[str, Any], is_global_zero: bool = True) -> None:
     trainer: Any = SimpleNamespace(is_global_zero=is_global_zero)
     writer.on_predict_start(trainer, None)
     for index, batch in enumerate(batches):
-        writer.write_on_batch_end(trainer, None, batch, None, None, index, 0)
+        writer.write_on_batch_end(trainer, None, batch, None, {"num_frames": 5}, index, 0)
     writer.on_predict_end(trainer, None)
 
 
@@ -92,6 +92,40 @@ def test_videos_are_written_while_they_come(tmp_path: Path) -> None:
     """A run that is stopped has what it had made."""
     writer = SampleWriter(tmp_path, 8, ABOUT)
     noise = torch.rand(1, 3, 2, 16, 16, generator=keyed_generator(0)) * 2 - 1
-    batch = {"seeds": torch.tensor([9]), "video": noise}
-    writer.write_on_batch_end(None, None, batch, None, None, 0, 0)
+    batch = {"seeds": torch.tensor([9]), "pieces": [noise]}
+    writer.write_on_batch_end(None, None, batch, None, {"num_frames": 2}, 0, 0)
     assert (tmp_path / "seed=000009.mp4").is_file()
+
+
+def test_what_was_given_and_what_was_made_stand_beside_the_result(tmp_path: Path) -> None:
+    """In the file of the edit and on the sheet: what was given, the mask (white is what was made), the result."""
+    batch = videos([6])
+    batch["condition"] = torch.full((1, 3, 5, 16, 24), -1.0)
+    batch["known"] = (torch.arange(5) < 4).view(1, 5, 1, 1).expand(1, 5, 16, 24)
+    writer = SampleWriter(tmp_path, 8, ABOUT)
+    write(writer, batch)
+    assert writer.shown is not None
+    given, mask, result = writer.shown
+    assert (given == 0).all()
+    assert mask[:, :4].max() == 0
+    assert mask[:, 4].min() == 255
+    assert (result == 219).all()  # 6 / 7 of 255
+    assert read(tmp_path / "seed=000006_edit.mp4").shape[0] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "contact_sheet.png",
+        "grid.mp4",
+        "samples.json",
+        "seed=000006.mp4",
+        "seed=000006_edit.mp4",
+    ]
+
+
+def test_a_failure_in_the_middle_leaves_no_half_written_video(tmp_path: Path) -> None:
+    def pieces() -> Any:
+        yield torch.zeros(1, 3, 2, 16, 16)
+        raise RuntimeError("out of memory")
+
+    batch = {"seeds": torch.tensor([9]), "pieces": pieces()}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        SampleWriter(tmp_path, 8, ABOUT).write_on_batch_end(None, None, batch, None, {"num_frames": 4}, 0, 0)
+    assert list(tmp_path.iterdir()) == []

@@ -591,7 +591,7 @@ def test_videos_of_classes(tokenizer_bundle: Path) -> None:
     assert not torch.equal(codes[0], codes[1])
     batch = {"seeds": torch.tensor([5, 2]), "num_frames": 16, "task": None}
     expected = module.generate(Condition(label=torch.tensor([2, 2])), 16, batch["seeds"])
-    assert torch.equal(module.predict_step(batch, 0)["video"], expected)  # classes in turn
+    assert torch.equal(torch.cat([*module.predict_step(batch, 0)["pieces"]], dim=2), expected)  # classes in turn
     with pytest.raises(ValueError, match="Labels are none: expected 2 of the classes 0 to 2"):
         module.generate_codes(16, seeds)
     with pytest.raises(ValueError, match=r"Labels are \[3\]: expected 1 of the classes"):
