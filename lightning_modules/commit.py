@@ -244,14 +244,6 @@ class COMMITModule(VideoGenerator):
             if task not in EMPTY_TASKS
         }
 
-    def check_labels(self, label: Tensor) -> None:
-        """Raise ValueError unless all labels are classes of the model; others would be read as prompts."""
-        if label.min() < 0 or label.max() >= self.num_classes:
-            raise ValueError(
-                f"Labels from {int(label.min())} to {int(label.max())} do not fit num_classes={self.num_classes} "
-                "(--model.num_classes)."
-            )
-
     # Training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -392,7 +384,7 @@ class COMMITModule(VideoGenerator):
         if label is not None:
             if found not in CLASS_TASKS:
                 raise ValueError(f"label={label}: the task {found} has no classes (--label, --task).")
-            self.check_labels(torch.tensor([label]))
+            self.check_labels(torch.tensor([label]), "--label, --model.num_classes")
         return found
 
     def _possible_tasks(self) -> tuple[Task, ...]:

@@ -151,6 +151,8 @@ class MeBTModule(VideoGenerator):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mask a random part of the window and predict it; one mask ratio for the whole batch on all ranks."""
+        if self.num_classes and batch_idx == 0:  # once an epoch: it waits for the device
+            self.check_labels(batch["label"])
         codes, start = self.window_codes(batch)
         noise = self.random_noise(
             self.step_generator(MASK_ORDER_STREAM, batch_idx, device=self.device), len(codes), codes[0].numel()
@@ -349,7 +351,9 @@ class MeBTModule(VideoGenerator):
         (longest, h, w), factor = self.latent_shape, self.downsample[0]
         total = num_frames // factor
         if num_frames % factor or total < 1:
-            raise ValueError(f"num_frames={num_frames} cannot be generated: this model makes multiples of {factor}.")
+            raise ValueError(
+                f"num_frames={num_frames} cannot be generated: this model makes multiples of {factor} (--num_frames)."
+            )
         codes = torch.zeros(len(seeds), 0, h, w, dtype=torch.long, device=self.device) if past is None else past
         if past is not None and (len(past) != len(seeds) or past.shape[2:] != (h, w) or past.shape[1] >= total):
             raise ValueError(

@@ -361,6 +361,8 @@ class TATSModule(VideoGenerator):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Predict every code that the mask does not give away; with `released`, those too."""
+        if self.num_classes and batch_idx == 0:  # once an epoch: it waits for the device
+            self.check_labels(batch["label"])
         nll = self.code_nll(batch, corrupt=True)
         self.tokens_per_batch = nll.numel()
         loss = self.mean_nll(nll, leaked=self.hparams["released"])
@@ -385,7 +387,8 @@ class TATSModule(VideoGenerator):
         frames = num_frames // self.downsample[0]
         if num_frames % self.downsample[0] or frames < 1:
             raise ValueError(
-                f"num_frames={num_frames} cannot be generated: this model makes multiples of {self.downsample[0]}."
+                f"num_frames={num_frames} cannot be generated: this model makes multiples of {self.downsample[0]} "
+                "(--num_frames)."
             )
         if self.network.attention_mask is not None:
             raise ValueError(

@@ -562,6 +562,8 @@ class WALTModule(VideoGenerator):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Predict the velocity of latents at random noise levels, some without their conditions."""
+        if batch_idx == 0 and (label := self._label(batch)) is not None:  # once an epoch: it waits for the device
+            self.check_labels(label)
         latents = self.batch_latents(batch)
         generator = self.step_generator(DIFFUSION_STREAM, batch_idx, device=self.device)
 
