@@ -95,7 +95,7 @@ def gif_bytes(frames: np.ndarray, fps: float) -> bytes:
     return data.getvalue()
 
 
-def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
+def write_mp4(path: str | Path, frames: np.ndarray | Tensor, fps: float) -> None:
     """Write frames as an MP4 that browsers play: H.264 (crf 18) where FFmpeg has libx264, otherwise MPEG-4.
 
     Missing folders are made. The file appears under its name only when it is complete. Odd sizes are made even, as
@@ -103,9 +103,11 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
 
     Args:
         path: the file to write; an existing one is replaced.
-        frames: `[T, H, W, 3]` uint8.
+        frames: `[T, H, W, 3]` uint8; or a video as models make it, a tensor `[3, T, H, W]` as `to_uint8` takes it.
         fps: frames a second.
     """
+    if isinstance(frames, Tensor):
+        frames = to_uint8(frames).permute(1, 2, 3, 0).numpy()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _, height, width, _ = frames.shape

@@ -132,7 +132,7 @@ def main(args: Sequence[str]) -> None:
         for sheet, stage, clips in zip(sheets, stages, made, strict=True):
             sheet.append(to_uint8(stage.joined(clips)))
         for seed, video in zip(seeds.tolist(), sheets[-1][-1], strict=True):
-            write_mp4(options.out / f"seed={seed:06d}.mp4", video.permute(1, 2, 3, 0).numpy(), options.fps)
+            write_mp4(options.out / f"seed={seed:06d}.mp4", video, options.fps)
     for i, sheet in enumerate(sheets):
         contact_sheet(torch.cat(sheet)).save(options.out / f"stage_{i}.png")
     about = {

@@ -1,4 +1,17 @@
-"""MeBT's second stage: masked-token modelling of long videos, on windows that a curriculum lets grow (CVPR 2023)."""
+"""MeBT's second stage: masked-token modelling of long videos, on windows that a curriculum lets grow (CVPR 2023).
+
+Where the paper is in the code:
+
+    3D-VQGAN, frozen; window of codes        `VideoGenerator.load_tokenizer`, `window_codes`
+    encoder, latent self-attention, decoder  `models.priors.mebt`: `MeBTBlock`, `PUBLISHED_STACK`, `MeBT.forward`
+    context and target positions             `MeBTModule.random_masks`, `mask_window`
+    training objective, Eq. 3                `masked_token_loss` (`rho_power` 0: the equation, 1: the release)
+    short-to-long curriculum                 `models.priors.curriculum`, called through `callbacks.curriculum`
+    3.3, decoding by confidence              `models.priors.decoding.confidence_decode`; its start `bootstrap_decode`
+    draft and revise                         `draft_and_revise`, `revise`, settings `DraftAndRevise`
+    longer than the training length          `MeBTModule.generate_codes`, which slides the window
+    known pixels, editing (ours)             `MeBTModule.known_codes`, `edit_codes`
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,4 +1,16 @@
-"""TATS' second stage: autoregressive modelling of codes, and of the frames between key frames (ECCV 2022)."""
+"""TATS' second stage: autoregressive modelling of codes, and of the frames between key frames (ECCV 2022).
+
+Where the paper is in the code:
+
+    3.1, time-agnostic VQGAN                 `models.tokenizers.time_agnostic`, trained by `VQGAN3DModule`
+    3.2, time-sensitive transformer          `models.priors.tats.TATS`; its loss `TATSModule.code_nll`, `mean_nll`
+    class, text and sound conditions         `TATSModule.condition_of`, `TATS.condition_tokens`
+    3.2, sliding window                      `models.priors.autoregressive.slide`, cache `TATS.new_cache`, `extend`
+    3.3, hierarchy: key frames               `--model.latent_stride`, `TATSModule.generate_codes`
+    3.3, hierarchy: interpolation            `attention_mask`, `TATSModule.fill_keys`, `fill_gaps`, `fill_between`
+    targets that the mask gives away         `TATS.leaked_targets` (the release trains on them: `--model.released`)
+    token filter: top-k, top-p               `TokenFilter`, settings `AutoregressiveSampling`
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
