@@ -679,7 +679,7 @@ class LongtakeParser(LightningArgumentParser):
         known |= {word.rpartition(".")[2] for word in known} | {word.partition(".")[0] for word in known}
         return did_you_mean(wrong[1] or wrong[2], sorted(known))
 
-    def instantiate_classes(self, cfg: Namespace, **options: Any) -> Namespace:
+    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
         """Build all; what a class says of its arguments is raised as it was, not as that of no allowed type."""
         try:
             return super().instantiate_classes(cfg, **options)
