@@ -416,7 +416,7 @@ def expanded_configs(path: Path, children: tuple[Path, ...] = ()) -> list[Path]:
         raise FileNotFoundError(f"No experiment file {path}{asked_by}.{did_you_mean(path.name, known)}")
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no experiment: expected keys such as `model:` and `data:`.")

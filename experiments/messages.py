@@ -42,8 +42,8 @@ def shortened(message: str) -> str:
             lines[-1] += f" {text}"
         else:
             lines.append(text)
-    given = re.search(r"^\s*Given value: (.{1,40})$", message, re.MULTILINE)
-    if given and len(lines) > 1:  # one of several types: none of them says what came
+    given = re.search(r"^\s*Given value: ([\w.+-]{1,40})$", message, re.MULTILINE)
+    if given and "Got value" not in message:  # one of several types: none of them says what came
         lines.append(f"Given: {given[1]}")
     return "\n  ".join(lines).removesuffix(":").rstrip(".") + "."
 
