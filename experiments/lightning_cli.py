@@ -800,7 +800,8 @@ class LongtakeCLI(LightningCLI):
                 config.run_root, name=config.run_name, version=config.run_version, default_hp_metric=False
             )
         asked = config.trainer.accelerator
-        if asked in ("gpu", "cuda") and not torch.cuda.is_available():
+        is_there = torch.cuda.is_available() or (asked == "gpu" and torch.backends.mps.is_available())
+        if asked in ("gpu", "cuda") and not is_there:
             raise ValueError(
                 f"accelerator={asked}: torch {torch.__version__} finds no GPU on this machine. Take what there is "
                 "(--trainer.accelerator=auto), or look why (nvidia-smi)."
