@@ -153,14 +153,16 @@ class MP4Writer:
         return stream
 
 
-def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Write frames `[T, H, W, 3]` uint8 as an MP4, see `MP4Writer`.
+def write_mp4(path: str | Path, frames: np.ndarray | Tensor, fps: float) -> None:
+    """Write frames as an MP4, see `MP4Writer`.
 
     Args:
         path: the file to write; an existing one is replaced.
-        frames: `[T, H, W, 3]` uint8.
+        frames: `[T, H, W, 3]` uint8; or a video as models make it, a tensor `[3, T, H, W]` as `to_uint8` takes it.
         fps: frames a second.
     """
+    if isinstance(frames, Tensor):
+        frames = to_uint8(frames).permute(1, 2, 3, 0).numpy()
     with MP4Writer(path, fps) as writer:
         writer.write(frames)
 

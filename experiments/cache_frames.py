@@ -4,19 +4,31 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.messages import HelpFormatter
+
 
 def main(args: Sequence[str]) -> None:
     """Write the cache that `--data FrameCacheDataModule` trains from; what was interrupted goes on."""
     parser = argparse.ArgumentParser(
         prog="longtake cache-frames",
         description=__doc__,
-        epilog="All other options are those of the data module: --data.root=..., --data.resolution=..., and so on. "
+        formatter_class=HelpFormatter,
+        epilog="All other options are those of the data module: --data.root=..., --data.resolution=..., and so on.\n"
         "--data.num_workers processes decode.",
     )
-    parser.add_argument("--config", type=Path, action="append", default=[], help="experiment file; its data section")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        help="experiment file, whose data section counts; by default none: give --data=CLASS",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument(
-        "--jpeg", type=int, metavar="QUALITY", help="keep JPEG files (1 to 95) instead of raw pixels: smaller, lossy"
+        "--jpeg",
+        type=int,
+        metavar="QUALITY",
+        help="keep JPEG files of this quality (1 to 95): smaller, lossy; by default raw pixels",
     )
     parser.add_argument("--shard_items", type=int, help="videos of a shard; by default as many as make 128 MiB")
     options, data_words = parser.parse_known_args(args)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.messages import HelpFormatter
+
 
 def check_stages(stages: Sequence[Any], names: Sequence[str]) -> None:
     """Compare each stage with the one before.
@@ -69,14 +71,16 @@ def cascade(
 
 def main(args: Sequence[str]) -> None:
     """Load the stages, generate, write videos of the last stage and a contact sheet of each."""
-    parser = argparse.ArgumentParser(prog="longtake cascade", description=__doc__)
+    parser = argparse.ArgumentParser(prog="longtake cascade", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="the base model's, then those of its stages in order")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--tokenizers", nargs="+", help="a tokenizer for each checkpoint, if they have moved")
+    parser.add_argument(
+        "--tokenizers", nargs="+", help="a tokenizer for each checkpoint; by default where they were in training"
+    )
     parser.add_argument("--num_samples", type=int, default=4, help="number of videos")
     parser.add_argument("--num_frames", type=int, help="pixel frames of each; by default those of the training clips")
     parser.add_argument("--label", type=int, help="class of all videos; by default drawn from the seeds")
-    parser.add_argument("--text", help="prompt of all videos, for models that read text")
+    parser.add_argument("--text", help="prompt of all videos, for models that read text; by default none")
     parser.add_argument("--batch_size", type=int, default=4, help="videos generated at once")
     parser.add_argument("--first_seed", type=int, default=0, help="video i has the seed first_seed + i")
     parser.add_argument("--fps", type=int, default=8, help="frames a second in the mp4 files")
@@ -91,12 +95,15 @@ def main(args: Sequence[str]) -> None:
 
     from callbacks.media import contact_sheet, to_uint8, write_mp4
     from lightning_modules import WALTModule
+    from lightning_modules.load import generator_config
+    from models.weights import read_checkpoint
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stages: list[WALTModule] = []
     for i, path in enumerate(options.checkpoints):
-        if not path.is_file():
-            raise FileNotFoundError(f"No checkpoint at {path}.")
+        kind = generator_config(read_checkpoint(path), path)["class_path"].rpartition(".")[2]
+        if kind != "WALTModule":
+            raise ValueError(f"{path} is of a {kind}: a cascade is of checkpoints of W.A.L.T.")
         moved = {}
         if options.tokenizers:
             moved = {"tokenizer": options.tokenizers[i]}
@@ -125,7 +132,7 @@ def main(args: Sequence[str]) -> None:
         for sheet, stage, clips in zip(sheets, stages, made, strict=True):
             sheet.append(to_uint8(stage.joined(clips)))
         for seed, video in zip(seeds.tolist(), sheets[-1][-1], strict=True):
-            write_mp4(options.out / f"seed={seed:06d}.mp4", video.permute(1, 2, 3, 0).numpy(), options.fps)
+            write_mp4(options.out / f"seed={seed:06d}.mp4", video, options.fps)
     for i, sheet in enumerate(sheets):
         contact_sheet(torch.cat(sheet)).save(options.out / f"stage_{i}.png")
     about = {

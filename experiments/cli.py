@@ -1,10 +1,11 @@
 """The console command `longtake`: small commands run at once, the rest imports Lightning first (about ten seconds)."""
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from experiments.messages import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,18 +108,34 @@ def main(args: Sequence[str] | None = None) -> None:
 
         run(args)
     else:
-        raise SystemExit(f"longtake: there is no command {args[0]!r}.\n{overview()}")
+        hint = did_you_mean(args[0], [*LIGHTNING_COMMANDS, *SMALL_COMMANDS])
+        raise SystemExit(f"longtake: error: there is no command {args[0]!r}.{hint}\n{overview()}")
 
 
-def console() -> None:
-    """Entry of the console command: errors that our own code raises for the user are one message, not a traceback."""
+def console(args: Sequence[str] | None = None) -> None:
+    """Entry of the console command: errors that are for the user are one message, not a traceback, and exit status 1.
+
+    Args:
+        args: The command and its options; None takes those of the process. `--debug` among them shows tracebacks.
+    """
+    words = list(sys.argv[1:] if args is None else args)
     try:
-        main()
-    except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        is_ours = ROOT in raised_in.parents and ".venv" not in raised_in.parts
-        # torch raises the errors of worker processes again: then it is the class that tells
-        is_ours |= type(error).__module__.startswith("datamodules.")
-        if not is_ours or os.environ.get("LONGTAKE_TRACEBACK"):
+        main([word for word in words if word != "--debug"])
+    except Exception as error:
+        if "--debug" in words or not is_for_the_user(error):
             raise
-        raise SystemExit(f"longtake: error: {error}\n(LONGTAKE_TRACEBACK=1 shows where it was raised.)") from None
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}. Give another place, or change what lies there."
+        raise SystemExit(f"longtake: error: {reason}\n(--debug shows where it was raised.)") from None
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether an error says what the user can change: ours do, and those of files and of Lightning's settings."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_ours = ROOT in raised_in.parents and ".venv" not in raised_in.parts
+    # torch raises the errors of worker processes again: then it is the class that tells
+    is_ours |= type(error).__module__.startswith("datamodules.")
+    is_of_a_file = isinstance(error, OSError) and error.filename is not None
+    is_of_a_setting = type(error).__name__ == "MisconfigurationException"  # its import would take seconds
+    return is_of_a_setting or is_of_a_file or (is_ours and isinstance(error, ValueError | OSError))

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from experiments.messages import HelpFormatter
 from experiments.protocol import FOLDER, read_protocol
 
 Result = dict[str, Any]
@@ -21,11 +22,13 @@ LOWER = ("fvd", "rfvd", "kvd", "fid", "frechet", "reconstruction_frechet", "kern
 
 def main(args: Sequence[str]) -> None:
     """Print a table, and write it with a plot."""
-    parser = argparse.ArgumentParser(prog="longtake compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="longtake compare", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "runs", nargs="+", type=Path, help="results.json, the folder that holds it, or a run with evaluations beside it"
     )
-    parser.add_argument("--protocol", help="of a run's evaluations, those under this one")
+    parser.add_argument(
+        "--protocol", help="of a run's evaluations, those under this one; by default all, which must be under one"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/comparison"), help="folder of compare.md, .json and .png"
     )
@@ -47,12 +50,16 @@ def read_results(run: Path, protocol: str | None) -> list[Result]:
 
     Raises:
         FileNotFoundError: If there are none.
+        ValueError: If a file is none of `longtake evaluate`.
     """
     if run.is_file():
         files = [run]
     else:
         files = [run / "results.json"] if (run / "results.json").is_file() else sorted(run.glob("*/results.json"))
-    results = [json.loads(file.read_text()) for file in files]
+    try:
+        results = [json.loads(file.read_text()) for file in files]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{run} holds no results: expected a results.json of longtake evaluate.") from error
     results = [result for result in results if protocol in (None, result["protocol"]["name"])]
     if not results:
         wanted = f" under {protocol}" if protocol else ""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.messages import HelpFormatter
 from models.metrics import Detector, FrechetDistance, load_i3d, random_i3d
 from models.metrics.i3d import PROFILES
 from models.random import keyed_generator
@@ -127,7 +128,7 @@ def check(detector: Detector, values: Iterable[SanityValue]) -> list[dict[str, o
 
 def main(args: Sequence[str]) -> None:
     """Check a file of I3D weights against published values, or show what the random detector computes."""
-    parser = argparse.ArgumentParser(prog="longtake doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="longtake doctor", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--detector", required=True, metavar="FILE", help="weights of I3D, or random_i3d")
     parser.add_argument(
         "--profile",
@@ -135,10 +136,13 @@ def main(args: Sequence[str]) -> None:
         default="tf",
         help="pipeline; the published values are those of tf (default)",
     )
-    parser.add_argument("--sha256", help="digest of FILE, to accept exactly this file though none is published for it")
+    parser.add_argument(
+        "--sha256",
+        help="digest of FILE, to accept exactly this one though none is published; by default only published ones",
+    )
     parser.add_argument("--quick", action="store_true", help="leave out the values that take minutes on a CPU")
     parser.add_argument("--device", default="cpu", help="where to compute, such as cuda")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON; by default nowhere")
     options = parser.parse_args(args)
 
     if options.detector == "random_i3d":

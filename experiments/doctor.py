@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.messages import HelpFormatter
+
 if TYPE_CHECKING:  # the rest of the package takes seconds to import, and --help should not wait for it
     from datamodules.index import Entry
     from datamodules.video import VideoFilesDataModule
@@ -30,6 +32,7 @@ def main(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="longtake doctor",
         description=__doc__,
+        formatter_class=HelpFormatter,
         epilog="All other options are those of the data module: --data.root, --data.num_frames, --data.decoder, ...",
         allow_abbrev=False,
     )

@@ -16,12 +16,15 @@ from typing import Any
 
 import yaml
 
+from experiments.messages import HelpFormatter
 from models.weights import read_checkpoint, save_bundle, tokenizer_from_checkpoint
 
 
 def main(args: Sequence[str]) -> None:
     """Write the bundle of a tokenizer's or a generator's checkpoint."""
-    parser = argparse.ArgumentParser(prog="longtake export", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="longtake export", description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a run, runs/.../checkpoints/last.ckpt")
     parser.add_argument("destination", type=Path, help="folder to make, such as weights/vqgan3d_ucf101")
     parser.add_argument("--tokenizer", type=Path, help="of a generator, where it is now; by default where it was")

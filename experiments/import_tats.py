@@ -9,14 +9,18 @@ from models.weights import save_bundle, state_digest
 def add_transformer_options(parser: argparse.ArgumentParser) -> None:
     """Add what the shapes of a released transformer do not tell."""
     options = parser.add_argument_group("transformers of TATS", "what no shape tells, if the file's options do not say")
-    options.add_argument("--resolution", type=int, help="height and width of the video")
-    options.add_argument("--num_heads", type=int, help="attention heads: 16 in all published models")
+    options.add_argument(
+        "--resolution", type=int, help="height and width of the video in pixels; by default what the file says"
+    )
+    options.add_argument(
+        "--num_heads", type=int, help="attention heads, 16 in all published models; by default what the file says"
+    )
     options.add_argument(
         "--audio_downsample",
         type=int,
         nargs=3,
         metavar=("FRAMES", "BANDS", "COLUMNS"),
-        help="what a code of the sound covers, for a model that hears",
+        help="what a code of the sound covers, for a model that hears; by default what the file says",
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.import_tats import add_transformer_options, write_transformer
+from experiments.messages import HelpFormatter
 from models.import_mebt import import_mebt, import_mebt_tokenizer, is_mebt
 from models.import_tats import is_tats_transformer
 from models.tokenizers import VQGAN3D
@@ -18,9 +19,7 @@ from models.weights import import_tats_tokenizer, save_bundle
 
 def main(args: Sequence[str]) -> None:
     """Write `model.safetensors`, `config.json` and `provenance.json` from an official checkpoint."""
-    parser = argparse.ArgumentParser(
-        prog="longtake import-weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="longtake import-weights", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("source", type=Path, help="Lightning checkpoint of the official code")
     parser.add_argument("destination", type=Path, help="folder to make, such as weights/vqgan3d_ucf101")
     parser.add_argument(
@@ -28,7 +27,7 @@ def main(args: Sequence[str]) -> None:
         type=int,
         nargs=3,
         metavar=("FRAMES", "ROWS", "COLUMNS"),
-        help="what one code covers, which no shape tells; needed if the checkpoint does not say",
+        help="what one code covers, which no shape tells; by default what the checkpoint says, if it does",
     )
     add_transformer_options(parser)
     options = parser.parse_args(args)

@@ -19,11 +19,12 @@ import json
 import logging
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
@@ -33,7 +34,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
@@ -58,6 +59,7 @@ from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
 from experiments.evaluate import evaluate, load_detectors
+from experiments.messages import did_you_mean, options_of, shortened
 from experiments.protocol import read_protocol
 from lightning_modules.generator import VideoGenerator
 from models.tokenizers.losses import LPIPS
@@ -410,10 +412,11 @@ def expanded_configs(path: Path, children: tuple[Path, ...] = ()) -> list[Path]:
         raise ValueError("`base` goes in a circle: " + " -> ".join(str(p) for p in (*children, path)))
     if not path.is_file():
         asked_by = f" (the base of {children[-1]})" if children else ""
-        raise FileNotFoundError(f"No experiment file {path}{asked_by}.")
+        known = [file.name for file in path.parent.glob("*.yaml")]
+        raise FileNotFoundError(f"No experiment file {path}{asked_by}.{did_you_mean(path.name, known)}")
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no experiment: expected keys such as `model:` and `data:`.")
@@ -650,10 +653,41 @@ class SaveConfig(SaveConfigCallback):
 
 
 class LongtakeParser(LightningArgumentParser):
-    """A parser whose errors are the message alone: the usage before it would be a hundred lines."""
+    """A parser whose errors are the reason and what to type instead: the usage before it would be a hundred lines."""
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing; `--help` prints all."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the reason, a hint, and exit status 2."""
+        super().error(shortened(message) + self._hint(message), ex)
+
+    def _hint(self, message: str) -> str:
+        """What may have been meant, and where the options of a class are listed."""
+        in_class = re.search(r"Parser key \"(\w+)\"(?s:.*)given class_path '([\w.]+)':\s+Option '([\w.]+)'", message)
+        if in_class:
+            section, path, option = in_class.groups()
+            listed = f" (longtake fit --{section}.help={path.rpartition('.')[2]} lists its options.)"
+            return did_you_mean(option, options_of(path)) + listed
+        if re.search(r"arguments are required: .*\.model", message):
+            return " An experiment has them: --config experiments/<name>.yaml."
+        wrong = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+        if wrong is None:
+            return ""
+        commands = self._subcommands_action.choices.values() if self._subcommands_action else []
+        known = {word.lstrip("-") for parser in (self, *commands) for word in parser._option_string_actions}
+        known |= {word.rpartition(".")[2] for word in known} | {word.partition(".")[0] for word in known}
+        return did_you_mean(wrong[1] or wrong[2], sorted(known))
+
+    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
+        """Build all; what a class says of its arguments is raised as it was, not as that of no allowed type."""
+        try:
+            return super().instantiate_classes(cfg, **options)
+        except ValueError as error:
+            reason: BaseException = error
+            while str(reason).startswith("Does not validate against any of the Union") and reason.__cause__:
+                reason = reason.__cause__
+            raise reason from None
 
 
 class LongtakeCLI(LightningCLI):
@@ -765,7 +799,17 @@ class LongtakeCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(
                 config.run_root, name=config.run_name, version=config.run_version, default_hp_metric=False
             )
-        trainer = super().instantiate_trainer(**kwargs)
+        asked = config.trainer.accelerator
+        is_there = torch.cuda.is_available() or (asked == "gpu" and torch.backends.mps.is_available())
+        if asked in ("gpu", "cuda") and not is_there:
+            raise ValueError(
+                f"accelerator={asked}: torch {torch.__version__} finds no GPU on this machine. Take what there is "
+                "(--trainer.accelerator=auto), or look why (nvidia-smi)."
+            )
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:  # Lightning's own, of names and numbers that it checks
+            raise ValueError(f"{error} (One of the options --trainer....)") from error
         for section in unused:
             trainer.callbacks.remove(self._get(self.config_init, section))  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, StepSeed())  # type: ignore[attr-defined]
@@ -783,6 +827,21 @@ class LongtakeCLI(LightningCLI):
             return super()._run_subcommand(subcommand)
         with claimed(Path(logger.log_dir)):
             super()._run_subcommand(subcommand)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse sizes that torch and Lightning would take without a word, or stumble over without naming them."""
+        config = self.config[self.config.subcommand]
+        arguments = config.model.init_args
+        for option, value, least in (
+            *((f"--model.{name}", arguments.get(name), 1) for name in ("dim", "depth", "num_heads", "num_latents")),
+            *((f"--model.{name}", arguments.get(name), 0) for name in ("lr", "warmup_steps", "weight_decay")),
+            ("--trainer.val_check_interval", config.trainer.val_check_interval, 1e-6),
+            ("--checkpoint.every_n_train_steps", config.checkpoint.every_n_train_steps, 0),
+        ):
+            if isinstance(value, int | float) and value < least:
+                raise ValueError(
+                    f"{option}={value:g} is too small: {'at least' if least in (0, 1) else 'above'} {least:.0f}."
+                )
 
     def instantiate_classes(self) -> None:
         """Build all; a model that is to be sharded without its weights, which may not fit into one process."""
@@ -875,6 +934,7 @@ def command_line(kind: type[LongtakeCLI], args: Sequence[str]) -> LongtakeCLI:
         save_config_kwargs={"overwrite": True},
         trainer_class=LongtakeTrainer,
         parser_class=LongtakeParser,
+        parser_kwargs={"prog": "longtake"},
         seed_everything_default=42,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lightning_modules
 from callbacks import ShortToLongCurriculum
 from experiments.lightning_cli import parsed
+from experiments.messages import HelpFormatter
 from lightning_modules import COMMITModule, MeBTModule, TATSModule, VQGAN3DModule, WALTModule
 from lightning_modules.generator import VideoGenerator
 from models.priors.mebt import SampleMask, mask_window, masked_token_loss
@@ -495,13 +496,26 @@ def table(plans: Sequence[Plan]) -> str:
 
 def main(args: Sequence[str]) -> None:
     """Print a page on one experiment, or a table of all."""
-    parser = argparse.ArgumentParser(prog="longtake plan", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", action="append", default=[], help="experiment file; several as in `longtake fit`")
+    parser = argparse.ArgumentParser(
+        prog="longtake plan", description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], help="experiment file, several as in `longtake fit`; by default --all"
+    )
     parser.add_argument("--all", action="store_true", help="a table of all experiments but the demo's")
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--tflops", type=float, default=312.0, help="peak of one GPU; 312: A100 in bf16, 989: H100")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
-    parser.add_argument("--clips", type=int, default=None, help="clips of an epoch, for the token cache")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the run, all machines together")
+    parser.add_argument(
+        "--tflops", type=float, default=312.0, help="peak of one GPU in TFLOPS; 312: A100 in bf16, 989: H100"
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak that training reaches, above 0 and up to 1"
+    )
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=None,
+        help="clips of an epoch, for the token cache; by default what is known of the data set",
+    )
     parser.add_argument("--json", action="store_true", help="all numbers as JSON")
     options, words = parser.parse_known_args(args)
     if options.all == bool(options.config):

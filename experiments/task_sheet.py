@@ -12,6 +12,7 @@ from torch import Tensor
 from callbacks.media import to_uint8
 from datamodules.clip_file import read_clip
 from datamodules.shapes import MovingShapes
+from experiments.messages import HelpFormatter
 from models.priors.tasks import CLASS_TASKS, EMPTY_TASKS, TASKS, Task, condition_tokens, known_region, padded_video
 
 GRID, DOWNSAMPLE = (4, 16, 16), (4, 8, 8)  # of the paper, at 128 pixels
@@ -22,19 +23,24 @@ CONDITION_COLOUR, MASK_COLOUR = (66, 133, 200), (60, 60, 60)
 
 def main(args: Sequence[str]) -> None:
     """Draw the sheet."""
-    parser = argparse.ArgumentParser(prog="longtake tasks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="longtake tasks", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/commit_tasks.png"), help="the picture to write")
     parser.add_argument("--input", type=Path, help="a video of 16 frames or more; by default embedded moving shapes")
-    parser.add_argument("--checkpoint", type=Path, help="of a COMMIT, whose results are drawn too")
-    parser.add_argument("--clip", type=int, default=0, help="which of the moving shapes")
-    parser.add_argument("--seed", type=int, default=0, help="of the results")
+    parser.add_argument("--checkpoint", type=Path, help="of a COMMIT, whose results are drawn too; by default none")
+    parser.add_argument("--clip", type=int, default=0, help="number of the clip of moving shapes, from 0 on")
+    parser.add_argument("--seed", type=int, default=0, help="of the results, 0 or more")
     options = parser.parse_args(args)
+    if options.clip < 0 or options.seed < 0:
+        parser.error("--clip and --seed must be at least 0")
     frames, grid, downsample, rows = 16, GRID, DOWNSAMPLE, list(TASKS[:10])
     model = None
     if options.checkpoint is not None:
         from lightning_modules import COMMITModule
+        from lightning_modules.load import load_generator
 
-        model = COMMITModule.load_from_checkpoint(options.checkpoint, map_location="cpu").eval()
+        model = load_generator(options.checkpoint)
+        if not isinstance(model, COMMITModule):
+            raise ValueError(f"{options.checkpoint} is of a {type(model).__name__}, not of a COMMIT (--checkpoint).")
         frames, grid, downsample = model.num_frames, model.latent_shape, model.downsample
         rows = [task for task in rows if task in model.tasks]
     resolution = grid[1] * downsample[1]

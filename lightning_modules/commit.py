@@ -1,4 +1,18 @@
-"""MAGVIT's second stage: COMMIT, one masked transformer for ten tasks (CVPR 2023)."""
+"""MAGVIT's second stage: COMMIT, one masked transformer for ten tasks (CVPR 2023).
+
+Where the paper is in the code:
+
+    3.1, 3D-VQ tokenizer                     `models.tokenizers.magvit`, trained by `VQGAN3DModule`
+    3.1, central inflation                   `models.tokenizers.inflation.inflate` (`--model.inflate_from`)
+    3.2 and B.1, interior conditions         `models.priors.tasks`: `known_region`, `padded_video`, `condition_tokens`
+    3.2, Eq. 4, multivariate mask            `models.priors.commit.multivariate_mask`; latent masking `latent_mask`
+    3.2, Eq. 5, refine, mask, reconstruct    `models.priors.commit.commit_loss`; which parts `LOSS_PARTS`
+    table 8, transformer with its prefix     `COMMIT`, `COMMIT.prefix`, `COMMIT.embed`
+    multi-task training                      `COMMITModule.training_step`, `random_mask`, `condition_codes`
+    algorithm 1 and B.3, decoding            `commit_decode`, settings `COMMITDecoding`
+    MAGVIT-v2, codes in parts                `split_codes`, `join_codes`, `--model.token_groups`
+    masks of one's own, longer videos (ours) `COMMITModule.padded`, `whole_clips`, `generate`
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -244,14 +258,6 @@ class COMMITModule(VideoGenerator):
             if task not in EMPTY_TASKS
         }
 
-    def check_labels(self, label: Tensor) -> None:
-        """Raise ValueError unless all labels are classes of the model; others would be read as prompts."""
-        if label.min() < 0 or label.max() >= self.num_classes:
-            raise ValueError(
-                f"Labels from {int(label.min())} to {int(label.max())} do not fit num_classes={self.num_classes} "
-                "(--model.num_classes)."
-            )
-
     # Training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -392,7 +398,7 @@ class COMMITModule(VideoGenerator):
         if label is not None:
             if found not in CLASS_TASKS:
                 raise ValueError(f"label={label}: the task {found} has no classes (--label, --task).")
-            self.check_labels(torch.tensor([label]))
+            self.check_labels(torch.tensor([label]), "--label, --model.num_classes")
         return found
 
     def _possible_tasks(self) -> tuple[Task, ...]:

@@ -89,6 +89,7 @@ class VideoGenerator(LightningModule):
 
     class_conditional = False  # whether samples are asked to be of their batch's classes, and can be held to them
     network: Any  # the paper's transformer; its `decayed_parameters()` are those under weight decay
+    num_classes = 0  # of the labels in batches; 0 for a model that reads none
     reads_text = False  # whether batches must hold `text`, and a prompt can be given
 
     def __init__(
@@ -119,9 +120,10 @@ class VideoGenerator(LightningModule):
         ):
             if size % factor:
                 lower = size // factor * factor
+                nearest = f"{lower} or {lower + factor}" if lower else factor
                 raise ValueError(
                     f"{name}={size} is no multiple of the tokenizer's factor {factor}. "
-                    f"Nearest: {lower} or {lower + factor} (--data.{name})."
+                    f"Nearest: {nearest} (--data.{name})."
                 )
         self.tokenizer_path = tokenizer
         self.num_frames = num_frames
@@ -260,6 +262,19 @@ class VideoGenerator(LightningModule):
         return keyed_generator(self.seed, self.global_step, stream, *keys, device=device)
 
     # Training
+
+    def check_labels(self, label: Tensor, options: str = "--model.num_classes") -> None:
+        """Raise ValueError unless all labels are classes of the model; others would be read as something else.
+
+        Args:
+            label: Of any shape.
+            options: What the user can change.
+        """
+        if label.min() < 0 or label.max() >= self.num_classes:
+            raise ValueError(
+                f"Labels from {int(label.min())} to {int(label.max())} do not fit num_classes={self.num_classes} "
+                f"({options})."
+            )
 
     def configure_model(self) -> None:
         """Shard the network, once, if the strategy is `Sharded`."""

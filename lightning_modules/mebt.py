@@ -1,4 +1,17 @@
-"""MeBT's second stage: masked-token modelling of long videos, on windows that a curriculum lets grow (CVPR 2023)."""
+"""MeBT's second stage: masked-token modelling of long videos, on windows that a curriculum lets grow (CVPR 2023).
+
+Where the paper is in the code:
+
+    3D-VQGAN, frozen; window of codes        `VideoGenerator.load_tokenizer`, `window_codes`
+    encoder, latent self-attention, decoder  `models.priors.mebt`: `MeBTBlock`, `PUBLISHED_STACK`, `MeBT.forward`
+    context and target positions             `MeBTModule.random_masks`, `mask_window`
+    training objective, Eq. 3                `masked_token_loss` (`rho_power` 0: the equation, 1: the release)
+    short-to-long curriculum                 `models.priors.curriculum`, called through `callbacks.curriculum`
+    3.3, decoding by confidence              `models.priors.decoding.confidence_decode`; its start `bootstrap_decode`
+    draft and revise                         `draft_and_revise`, `revise`, settings `DraftAndRevise`
+    longer than the training length          `MeBTModule.generate_codes`, which slides the window
+    known pixels, editing (ours)             `MeBTModule.known_codes`, `edit_codes`
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -151,6 +164,8 @@ class MeBTModule(VideoGenerator):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mask a random part of the window and predict it; one mask ratio for the whole batch on all ranks."""
+        if self.num_classes and batch_idx == 0:  # once an epoch: it waits for the device
+            self.check_labels(batch["label"])
         codes, start = self.window_codes(batch)
         noise = self.random_noise(
             self.step_generator(MASK_ORDER_STREAM, batch_idx, device=self.device), len(codes), codes[0].numel()
@@ -349,7 +364,9 @@ class MeBTModule(VideoGenerator):
         (longest, h, w), factor = self.latent_shape, self.downsample[0]
         total = num_frames // factor
         if num_frames % factor or total < 1:
-            raise ValueError(f"num_frames={num_frames} cannot be generated: this model makes multiples of {factor}.")
+            raise ValueError(
+                f"num_frames={num_frames} cannot be generated: this model makes multiples of {factor} (--num_frames)."
+            )
         codes = torch.zeros(len(seeds), 0, h, w, dtype=torch.long, device=self.device) if past is None else past
         if past is not None and (len(past) != len(seeds) or past.shape[2:] != (h, w) or past.shape[1] >= total):
             raise ValueError(

@@ -1,4 +1,16 @@
-"""TATS' second stage: autoregressive modelling of codes, and of the frames between key frames (ECCV 2022)."""
+"""TATS' second stage: autoregressive modelling of codes, and of the frames between key frames (ECCV 2022).
+
+Where the paper is in the code:
+
+    3.1, time-agnostic VQGAN                 `models.tokenizers.time_agnostic`, trained by `VQGAN3DModule`
+    3.2, time-sensitive transformer          `models.priors.tats.TATS`; its loss `TATSModule.code_nll`, `mean_nll`
+    class, text and sound conditions         `TATSModule.condition_of`, `TATS.condition_tokens`
+    3.2, sliding window                      `models.priors.autoregressive.slide`, cache `TATS.new_cache`, `extend`
+    3.3, hierarchy: key frames               `--model.latent_stride`, `TATSModule.generate_codes`
+    3.3, hierarchy: interpolation            `attention_mask`, `TATSModule.fill_keys`, `fill_gaps`, `fill_between`
+    targets that the mask gives away         `TATS.leaked_targets` (the release trains on them: `--model.released`)
+    token filter: top-k, top-p               `TokenFilter`, settings `AutoregressiveSampling`
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -361,6 +373,8 @@ class TATSModule(VideoGenerator):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Predict every code that the mask does not give away; with `released`, those too."""
+        if self.num_classes and batch_idx == 0:  # once an epoch: it waits for the device
+            self.check_labels(batch["label"])
         nll = self.code_nll(batch, corrupt=True)
         self.tokens_per_batch = nll.numel()
         loss = self.mean_nll(nll, leaked=self.hparams["released"])
@@ -385,7 +399,8 @@ class TATSModule(VideoGenerator):
         frames = num_frames // self.downsample[0]
         if num_frames % self.downsample[0] or frames < 1:
             raise ValueError(
-                f"num_frames={num_frames} cannot be generated: this model makes multiples of {self.downsample[0]}."
+                f"num_frames={num_frames} cannot be generated: this model makes multiples of {self.downsample[0]} "
+                "(--num_frames)."
             )
         if self.network.attention_mask is not None:
             raise ValueError(

@@ -1,4 +1,18 @@
-"""Training of the 3D-VQGAN tokenizer: as in TATS, appendix and released code, and with what MAGVIT does otherwise."""
+"""Training of the 3D-VQGAN tokenizer: as in TATS, appendix and released code, and with what MAGVIT does otherwise.
+
+Where the papers are in the code, all with one loop of two optimizers (`VQGAN3DModule.training_step`):
+
+    TATS, time-agnostic networks             `models.tokenizers.time_agnostic`; padding `models.blocks.conv`
+    TATS, codebook by moving averages        `models.tokenizers.quantizers.VectorQuantizer`, dead codes `revive`
+    TATS, image and video discriminators     `models.tokenizers.discriminators.PatchDiscriminator`
+    MAGVIT 3.1 and A.1, 3D-VQ                `models.tokenizers.magvit`, `levels`, discriminator `StyleGANDiscriminator`
+    MAGVIT, R1 and LeCam                     `models.tokenizers.losses`: `r1_penalty`, `LeCam`
+    MAGVIT 3.1, central inflation            `models.tokenizers.inflation.inflate`, called by `VQGAN3DModule.setup`
+    MAGVIT-v2 3.1, lookup-free codes         `models.tokenizers.lookup_free.LookupFreeQuantizer`
+    MAGVIT-v2 3.2, causal networks           `models.tokenizers.causal`
+    W.A.L.T 3.1, real-valued latents         `models.tokenizers.continuous`
+    terms of the two losses, adaptive weight `VQGAN3DModule.generator_losses`, `generator_loss`, `discriminator_losses`
+"""
 
 import logging
 import math

@@ -1,4 +1,18 @@
-"""W.A.L.T's second stage: diffusion of a causal tokenizer's latents by a window-attention transformer (ECCV 2024)."""
+"""W.A.L.T's second stage: diffusion of a causal tokenizer's latents by a window-attention transformer (ECCV 2024).
+
+Where the paper is in the code (it was released without code; what it leaves open says so where it is decided):
+
+    3.1, causal autoencoder                  `models.tokenizers.causal`, `continuous`, trained by `VQGAN3DModule`
+    3.2, patches, windows in space and time  `models.priors.walt`: `WALTLayer`, `WindowAttention`
+    3.2, images and videos together          `WALT.forward` (`is_image`), `datamodules.mixed`
+    Eq. 3, AdaLN-LoRA                        `AdaLNLoRA`
+    self-conditioning                        `WALTModule.squared_errors`, in sampling `models.priors.diffusion.sample`
+    3.4, frame prediction, longer videos     `WALTModule.past_channels`, `generate_latents`, `new_frames`
+    super-resolution stages                  `WALTModule.noisy_low_res`, `half_shape`; `experiments.cascade`
+    text                                     `WALTModule.text_vectors`, `models.priors.text`
+    table 8, noise, target, sampler          `models.priors.diffusion`: `Diffusion`, `add_noise`, `sample`, `guided`
+    normalised latents                       `WALTModule.fit_latent_statistics`, `normalised`
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -562,6 +576,8 @@ class WALTModule(VideoGenerator):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Predict the velocity of latents at random noise levels, some without their conditions."""
+        if batch_idx == 0 and (label := self._label(batch)) is not None:  # once an epoch: it waits for the device
+            self.check_labels(label)
         latents = self.batch_latents(batch)
         generator = self.step_generator(DIFFUSION_STREAM, batch_idx, device=self.device)
 

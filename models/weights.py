@@ -143,6 +143,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path}.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is damaged, or no checkpoint: expected what torch.save writes.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
