@@ -92,7 +92,7 @@ def caption_strip(caption: str, width: int, num_lines: int) -> Tensor:
         `[3, h, width]` uint8, `h` a function of `num_lines`.
     """
     font = ImageFont.load_default()
-    left, top, right, bottom = font.getbbox("abcdefghijklmnopqrstuvwxyz")
+    left, _, right, bottom = font.getbbox("abcdefghijklmnopqrstuvwxyz")
     line_height = math.ceil(bottom) + 2
     num_characters = max(1, math.floor((width - 2) * 26 / (right - left)))
     lines = textwrap.wrap(caption, num_characters, max_lines=num_lines, placeholder=" …")

@@ -17,8 +17,8 @@ from models.random import keyed_seed
 class SampleLogger(Callback):
     """Shows what the module makes of fixed seeds as training goes on.
 
-    The module's `sample_videos(batch, seeds)` makes the videos; its `sample_captions(batch, count)`, if it has one, says
-    of each which task it is of and what it was asked for. They go to TensorBoard as a moving grid for each task
+    The module's `sample_videos(batch, seeds)` makes the videos; its `sample_captions(batch, count)`, if it has one,
+    says of each which task it is of and what it was asked for. They go to TensorBoard as a moving grid for each task
     (`samples/<task>`, `samples/video` where there is only one), and all together to `samples/` in the run's folder as
     `step=00001234.mp4` and a contact sheet `.png`.
     By step, they are made from the weights in training and the batch just trained on; at validation, from the first

@@ -1,4 +1,4 @@
-"""Which scalars of a run are looked at together: the groups of TensorBoard's custom scalars and of `longtake report`."""
+"""Which scalars of a run are looked at together, in TensorBoard's custom scalars and in `longtake report`."""
 
 import re
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Chart:
 
 # All but the last two: what belongs to none of them is a part of a loss, whatever a module calls it.
 _NAMED = (
-    Chart("Loss", "loss", r"(train|val)/loss"),
+    Chart("Loss", "training and validation", r"(train|val)/loss"),
     Chart("Scores", "PSNR (dB)", r"val/psnr", "tokenizer"),
     Chart("Scores", "SSIM, LPIPS", r"val/(ssim|lpips)", "tokenizer"),
     Chart("Scores", "Fréchet and kernel distances", r"metrics/(?!shapes_).+", "scores"),
@@ -45,8 +45,8 @@ _NAMED = (
 _OTHERS = "(?!(" + "|".join(chart.pattern for chart in _NAMED) + ")$)"
 CHARTS = (
     _NAMED[0],
-    Chart("Loss", "parts of the loss, training", f"{_OTHERS}train/.+"),
-    Chart("Loss", "parts of the loss, validation", f"{_OTHERS}val/.+"),
+    Chart("Loss", "its parts in training", f"{_OTHERS}train/.+"),
+    Chart("Loss", "its parts in validation", f"{_OTHERS}val/.+"),
     *_NAMED[1:],
 )
 

@@ -49,7 +49,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a nested configuration says, by dotted name; lists count as one value."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
             found |= {f"{name}.{rest}": leaf for rest, leaf in leaves(value).items()}
