@@ -765,7 +765,7 @@ class LongtakeCLI(LightningCLI):
         elif Path(path).is_file():
             content = read_checkpoint(Path(path))
             saved = content.get("hyper_parameters", {})
-            if command == "fit":
+            if command == "fit" and "loops" in content:  # one of weights alone is refused by Lightning
                 loop = content["loops"]["fit_loop"]["epoch_loop.state_dict"]
                 # it counts the last step only when its checkpoint is written; samples of the step after it are kept
                 self._steps_kept = loop["_batches_that_stepped"] + 2

@@ -291,7 +291,7 @@ def samples(run: Run, pictures: Pictures) -> str:
     if not parts and not stills:
         return ""
     kind = "Reconstructions, each below its original" if reconstructs else "Samples, from the same seeds each time"
-    return f"<h2>{kind}</h2><h3>{escape(run.name)}</h3>{moving}{''.join(stills)}"
+    return f'<h2>{kind}</h2><h3>{escape(run.name)}</h3>{moving}<div class="sheets">{"".join(stills)}</div>'
 
 
 def origin(run: Run) -> str:
@@ -365,11 +365,12 @@ svg { display: block; width: 100%; height: auto } svg text { fill: var(--soft); 
 .legend b { color: var(--ink); font-weight: 600 }
 .legend i { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .35em }
 .movies { display: flex; flex-wrap: wrap; gap: .8rem } .movies figure { width: min(100%, 340px) }
-.movies img { width: 100% } .sheet { margin: .8rem 0 }
+.movies img { width: 100% } .sheets { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)) } .sheet img { width: 100% }
 img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 4px }
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch } table { border-collapse: collapse; font-size: .85rem }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } td { overflow-wrap: normal }
+th { color: var(--soft); font-weight: 600 } th, td { overflow-wrap: normal }
 pre { background: var(--card); border-radius: 8px; padding: .8rem; overflow-x: auto; font-size: .8rem }
 """ + "".join(
     f".c{i} {{ stroke: var(--c{i}) }} i.c{i} {{ background: var(--c{i}) }} "

@@ -76,8 +76,8 @@ def _drawing(title: str, lines: list[tuple[str, Points]], all_points: Points) ->
             marks.append(f'<polygon class="band {colour}" points="{" ".join(upper + lower[::-1])}"/>')
         middle = [place(bucket[0][0], sum(y for _, y in bucket) / len(bucket)) for bucket in buckets]
         if len(middle) == 1:
-            x, y_only = middle[0].split(",")
-            marks.append(f'<circle class="{colour}" cx="{x}" cy="{y_only}" r="3"/>')
+            across, down = middle[0].split(",")
+            marks.append(f'<circle class="{colour}" cx="{across}" cy="{down}" r="3"/>')
         marks.append(
             f'<polyline class="{colour}"{dashes} points="{" ".join(middle)}"><title>{escape(name)}</title></polyline>'
         )
