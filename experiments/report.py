@@ -91,8 +91,14 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds no curves: its event files, if there are any, have no scalars. Train it for at least "
             "--trainer.log_every_n_steps steps (make train RESUME=...), with its logger on."
         )
+    resolved = _parsed(config)
+    if missing := {"model", "trainer"} - resolved.keys():
+        raise ValueError(
+            f"{config} is no run's configuration: it has no {', '.join(sorted(missing))}. Restore it from a checkpoint "
+            "of the run, which holds it as `config`."
+        )
     results = {file.parent: _parsed(file) for file in sorted(folder.glob("*/results.json"))}
-    return Run(folder, _parsed(config), events, read_starts(folder), results)
+    return Run(folder, resolved, events, read_starts(folder), results)
 
 
 def _parsed(file: Path) -> dict[str, Any]:
@@ -311,7 +317,7 @@ def origin(run: Run) -> str:
 
 
 def _differences(run: Run) -> str:
-    file = Path((run.starts[0]["experiment"] if run.starts else None) or EXPERIMENTS / f"{run.config['run_name']}.yaml")
+    file = Path((run.starts[0]["experiment"] if run.starts else None) or EXPERIMENTS / f"{run.name.split('/')[0]}.yaml")
     title = f"<h3>Changes to {escape(file.name)}</h3>"
     if not file.is_file():
         return f"{title}<p>Not known: there is no experiment file {escape(str(file))} here.</p>"

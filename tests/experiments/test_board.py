@@ -1,10 +1,10 @@
 """What TensorBoard shows of a run: all of it once, in groups."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from probes import FAIL_AT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -83,17 +83,20 @@ def test_configuration_environment_and_hyper_parameters_are_there(mebt_run: Path
     assert len(list(mebt_run.glob("events.*"))) == 1
 
 
-def test_a_resumed_run_adds_its_start_and_what_has_changed(tiny: Path, mebt_run: Path) -> None:
+def test_a_resumed_run_adds_its_start_and_what_has_changed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Path("runs/mebt/version_0")
-    shutil.copytree(mebt_run, run, symlinks=True)
-    main(["fit", f"--resume={run}"])  # nothing is left to do, but it begins
-    main(["fit", f"--resume={run}", "--trainer.max_steps=8"])
+    with monkeypatch.context() as patch:
+        patch.setenv(FAIL_AT, "3")
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            main(["fit", "--config=mebt.yaml"])
+    main(["fit", f"--resume={run}"])
+    main(["fit", f"--resume={run}", "--trainer.max_steps=7"])
     starts = read_starts(run)
-    assert [start["step"] for start in starts] == [0, 6, 6]
+    assert [start["step"] for start in starts] == [0, 3, 6]
     assert Path(starts[0]["experiment"]).name == "mebt.yaml"
     events = events_of(run)
     assert [entry.step for entry in events.Tensors("run/config/text_summary")] == [0, 6]
     assert [entry.step for entry in events.Tensors("run/environment/text_summary")] == [0]
     layout_of(events)  # there is one
-    assert [entry.step for entry in events.Scalars("train/loss")] == list(range(8))
+    assert [entry.step for entry in events.Scalars("train/loss")] == list(range(7))
     assert [entry.step for entry in events.Images("samples/video")] == [6]

@@ -44,9 +44,7 @@ def write_run(folder: Path, **scalars: list[float]) -> Path:
         for name, values in scalars.items():
             for step, value in enumerate(values):
                 writer.add_scalar(name.replace("__", "/"), value, step)
-    (folder / "config.yaml").write_text(
-        "model: {class_path: lightning_modules.MeBTModule}\ntrainer: {max_steps: 5}\nrun_name: of_nobody\n"
-    )
+    (folder / "config.yaml").write_text("model: {class_path: lightning_modules.MeBTModule}\ntrainer: {max_steps: 5}\n")
     return folder
 
 
@@ -148,6 +146,13 @@ def test_a_run_without_curves_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {}\n")
     with pytest.raises(ValueError, match=r"holds no curves: .*log_every_n_steps"):
         report([str(tmp_path)])
+
+
+def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path, train__loss=[1.0])
+    (run / "config.yaml").write_text("lr: 1\n")
+    with pytest.raises(ValueError, match=r"is no run's configuration: it has no model, trainer\. Restore it"):
+        report([str(run)])
 
 
 @pytest.mark.parametrize("place", [30, -6])
