@@ -183,7 +183,10 @@ def _score_table(results: list[dict[str, Any]]) -> str:
     rows = results + published(results)
     names = [name for name in score_names(results) if "_from_frame_" not in name]
     table = [["run", "given", *names]]
-    table += [[row["run"], row["conditions"], *(shown(row["scores"].get(name)) for name in names)] for row in rows]
+    for row in rows:
+        # a score and its deviation stay on one line of a phone
+        numbers = [shown(row["scores"].get(name)).replace(" ", "\N{NO-BREAK SPACE}") for name in names]
+        table.append([row["run"], row["conditions"], *numbers])
     notes = [f"Protocol {about['name']} ({about['hash'][:12]}): {about['title']}. Detector: {detectors}."]
     for row in rows:
         if "source" in row:

@@ -93,7 +93,7 @@ def test_scores_stand_with_their_protocol_and_never_mix(copied: Path, tmp_path: 
     for number, content in enumerate((result("mebt/version_0"), result("mebt/version_0", "ucf101_walt", leak=None))):
         (copied / f"evaluation-{number}").mkdir()
         (copied / f"evaluation-{number}/results.json").write_text(json.dumps(content))
-    page = page_of(tmp_path / "page.html", copied)
+    page = page_of(tmp_path / "page.html", copied).replace("\N{NO-BREAK SPACE}", " ")
     magvit, walt = page.split("<h3>ucf101_walt</h3>")
     assert "<td>mebt/version_0</td><td>class</td><td>100 ± 2</td>" in magvit
     assert "MAGVIT-L (published)" in magvit
