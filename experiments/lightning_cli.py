@@ -648,7 +648,7 @@ class SaveConfig(SaveConfigCallback):
         if not trainer.is_global_zero or folder is None:
             return
         text = self.parser.dump(self.config, skip_none=False)
-        about = {
+        about: dict[str, Any] = {
             "experiment": self._experiment,
             "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "environment": environment(trainer),
