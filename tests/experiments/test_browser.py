@@ -51,7 +51,7 @@ def open_page(tmp_path: Path) -> Open:
 def tensorboard(mebt_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """TensorBoard over one run, at a free port: its address."""
     log = tmp_path_factory.mktemp("tensorboard") / "log"
-    words = [sys.executable, "-m", "tensorboard.main", f"--logdir={mebt_run.parent.parent}", "--port=0"]
+    words = [sys.executable, "-m", "tensorboard.main", f"--logdir={mebt_run.parent}", "--port=0"]
     with log.open("w") as opened, subprocess.Popen(words, stdout=opened, stderr=opened) as server:
         try:
             deadline = time.monotonic() + 180
