@@ -17,13 +17,14 @@ SOURCE ?=
 DEST ?=
 PROTOCOL ?=
 RUNS ?=
+RUN ?=
 ARGS ?=
 
 EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(STRATEGY),--config experiments/_base/trainer/$(STRATEGY).yaml )$(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-measurements plan train sample evaluate compare tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test test-faults test-measurements plan train sample evaluate compare report tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -81,6 +82,10 @@ evaluate: $(STAMP) _known_experiment ## score EXP=... CKPT=... under PROTOCOL= o
 compare: $(STAMP) ## one table and plot of evaluations: RUNS="runs/a/version_0 runs/b/version_0"
 	@test -n "$(RUNS)" || { echo 'RUNS= folders with results.json in or below them, such as RUNS="runs/demo_mebt/version_0 runs/demo_tats/version_0"'; exit 1; }
 	$(LONGTAKE) compare $(RUNS) $(if $(PROTOCOL),--protocol $(PROTOCOL)) $(ARGS)
+
+report: $(STAMP) ## one page of curves, samples and scores: RUN=runs/<experiment>/version_<n>, or several
+	@test -n "$(RUN)" || { echo 'RUN= folders of runs, such as RUN="runs/demo_mebt/version_0 runs/demo_tats/version_0"'; exit 1; }
+	$(LONGTAKE) report $(RUN) $(ARGS)
 
 tokenize: $(STAMP) _known_experiment ## codes of all clips of EXP=..., computed once; OUT= the folder
 	@test -n "$(OUT)" || { echo "OUT= the folder to write to, such as data/codes/$(EXP)"; exit 1; }

@@ -5,6 +5,8 @@ Videos come as `[B, 3, T, H, W]`, float in [-1, 1] or uint8; what is written are
 
 import io
 import math
+import textwrap
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +25,9 @@ from torch.utils.tensorboard import SummaryWriter
 BORDER_PIXELS = 2
 BORDER_COLOUR = 255  # white: generated videos are darker more often than not
 MIN_SHEET_PIXELS = 64
+MIN_CAPTIONED_PIXELS = 128  # a line of about 20 characters
+CAPTION_LINES = 2
+CAPTION_COLOUR = (60, 60, 60)
 MAX_PALETTE_PIXELS = 1 << 18  # enough to find 255 colours in; a long grid of videos has tens of millions of pixels
 
 
@@ -44,24 +49,59 @@ def to_uint8(video: Tensor) -> Tensor:
     return ((video + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def tile(video: Tensor, columns: int) -> np.ndarray:
+def tile(video: Tensor, columns: int, captions: Sequence[str] = ()) -> np.ndarray:
     """Lay videos out as a grid that moves, row by row, with a thin border around each.
 
     Args:
         video: `[B, 3, T, H, W]` floating in [-1, 1], or uint8.
         columns: videos in a row.
+        captions: what stands below each video, `B` texts or none; two lines at most. Small videos that have one are
+            enlarged by a whole factor, to at least 128 pixels.
 
     Returns:
         `[T, H', W', 3]` uint8 with `H' = rows * (H + 2) + 2` and `W' = columns * (W + 2) + 2`; cells without a video
-        have the border's colour.
+        have the border's colour. Captions add to `H`.
     """
     pixels = to_uint8(video)
+    if any(captions):
+        pixels = enlarged(pixels, MIN_CAPTIONED_PIXELS)
+        strips = torch.stack([caption_strip(caption, pixels.shape[4], CAPTION_LINES) for caption in captions])
+        pixels = torch.cat([pixels, strips[:, :, None].expand(-1, -1, pixels.shape[2], -1, -1)], dim=3)
     rows = math.ceil(len(pixels) / columns)
     pixels = F.pad(pixels, (BORDER_PIXELS, 0, BORDER_PIXELS, 0), value=BORDER_COLOUR)  # left and top of each video
     empty = pixels.new_full((rows * columns - len(pixels), *pixels.shape[1:]), BORDER_COLOUR)
     grid = rearrange(torch.cat([pixels, empty]), "(r c) rgb t h w -> rgb t (r h) (c w)", c=columns)
     grid = F.pad(grid, (0, BORDER_PIXELS, 0, BORDER_PIXELS), value=BORDER_COLOUR)  # right and bottom of the grid
     return rearrange(grid, "rgb t h w -> t h w rgb").contiguous().numpy()
+
+
+def enlarged(pixels: Tensor, least: int) -> Tensor:
+    """Repeat pixels `[B, 3, T, H, W]` by a whole factor, so that the smaller side has at least so many."""
+    scale = math.ceil(least / min(pixels.shape[3:]))  # 1 if they are large enough
+    return pixels.repeat_interleave(scale, dim=3).repeat_interleave(scale, dim=4)
+
+
+def caption_strip(caption: str, width: int, num_lines: int) -> Tensor:
+    """Write a caption, in as many lines as it needs, at most `num_lines`; what is left over becomes an ellipsis.
+
+    Args:
+        caption: the text.
+        width: pixels of the strip.
+        num_lines: lines that the strip has room for.
+
+    Returns:
+        `[3, h, width]` uint8, `h` a function of `num_lines`.
+    """
+    font = ImageFont.load_default()
+    left, _, right, bottom = font.getbbox("abcdefghijklmnopqrstuvwxyz")
+    line_height = math.ceil(bottom) + 2
+    num_characters = max(1, math.floor((width - 2) * 26 / (right - left)))
+    lines = textwrap.wrap(caption, num_characters, max_lines=num_lines, placeholder=" …")
+    strip = Image.new("RGB", (width, num_lines * line_height), (BORDER_COLOUR,) * 3)
+    draw = ImageDraw.Draw(strip)
+    for number, line in enumerate(lines):
+        draw.text((1, number * line_height), line, CAPTION_COLOUR, font)
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
 
 
 def gif_bytes(frames: np.ndarray, fps: float) -> bytes:
@@ -167,7 +207,7 @@ def write_mp4(path: str | Path, frames: np.ndarray | Tensor, fps: float) -> None
         writer.write(frames)
 
 
-def contact_sheet(video: Tensor, columns: int = 8) -> Image.Image:
+def contact_sheet(video: Tensor, columns: int = 8, captions: Sequence[str] = ()) -> Image.Image:
     """Show videos as still frames: one video a row, evenly spaced frames, the first and the last among them.
 
     Small frames are enlarged by a whole factor, without smoothing, to at least 64 pixels.
@@ -175,17 +215,24 @@ def contact_sheet(video: Tensor, columns: int = 8) -> Image.Image:
     Args:
         video: `[B, 3, T, H, W]` floating in [-1, 1], or uint8.
         columns: frames in a row; all of them if the video has fewer.
+        captions: a line above each row, `B` texts or none.
 
     Returns:
         An RGB image of `B` rows.
     """
     pixels = to_uint8(video)
-    num_frames, height, width = pixels.shape[2:]
+    num_frames = pixels.shape[2]
     shown = np.linspace(0, num_frames - 1, min(columns, num_frames)).round().astype(int)
-    scale = math.ceil(MIN_SHEET_PIXELS / min(height, width))  # 1 if they are large enough
-    pixels = pixels[:, :, shown].repeat_interleave(scale, dim=3).repeat_interleave(scale, dim=4)
-    cells = rearrange(pixels, "b rgb t h w -> (b t) rgb 1 h w")
-    return Image.fromarray(tile(cells, columns=len(shown))[0])
+    pixels = enlarged(pixels[:, :, shown], MIN_SHEET_PIXELS)
+    if not any(captions):
+        cells = rearrange(pixels, "b rgb t h w -> (b t) rgb 1 h w")
+        return Image.fromarray(tile(cells, columns=len(shown))[0])
+    parts = []
+    for row, caption in zip(pixels, captions, strict=True):
+        frames = tile(rearrange(row, "rgb t h w -> t rgb 1 h w"), columns=len(shown))[0]
+        strip = caption_strip(caption, frames.shape[1], num_lines=1)
+        parts += [rearrange(strip, "rgb h w -> h w rgb").numpy(), frames]
+    return Image.fromarray(np.concatenate(parts))
 
 
 def write_gif_summary(writer: SummaryWriter, tag: str, frames: np.ndarray, fps: float, step: int) -> None:

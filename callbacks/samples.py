@@ -17,8 +17,10 @@ from models.random import keyed_seed
 class SampleLogger(Callback):
     """Shows what the module makes of fixed seeds as training goes on.
 
-    The module's `sample_videos(batch, seeds)` makes the videos. They go to TensorBoard as a moving grid
-    (`samples/video`), and to `samples/` in the run's folder as `step=00001234.mp4` and a contact sheet `.png`.
+    The module's `sample_videos(batch, seeds)` makes the videos; its `sample_captions(batch, count)`, if it has one,
+    says of each which task it is of and what it was asked for. They go to TensorBoard as a moving grid for each task
+    (`samples/<task>`, `samples/video` where there is only one), and all together to `samples/` in the run's folder as
+    `step=00001234.mp4` and a contact sheet `.png`.
     By step, they are made from the weights in training and the batch just trained on; at validation, from the first
     validation batch and the weights that are validated (the averaged ones under EMA).
 
@@ -90,24 +92,37 @@ class SampleLogger(Callback):
         self._last_step = step
 
         # generation and log_dir may communicate, so all ranks take part up to here
-        video = self._generate(trainer, pl_module, batch)
+        video, tasks, captions = self._generate(trainer, pl_module, batch)
         folder = trainer.log_dir
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # a connector sets it
             return
 
-        frames = tile(video, columns=math.ceil(math.sqrt(len(video))))
         for run_logger in trainer.loggers:
             if isinstance(run_logger, TensorBoardLogger):
-                write_gif_summary(run_logger.experiment, "samples/video", frames, self.fps, step)
+                for task in dict.fromkeys(tasks):
+                    rows = [row for row, other in enumerate(tasks) if other == task]
+                    frames = tile(video[rows], math.ceil(math.sqrt(len(rows))), [captions[row] for row in rows])
+                    write_gif_summary(run_logger.experiment, f"samples/{task}", frames, self.fps, step)
         # without a logger, log_dir is the working directory or --trainer.default_root_dir: used, but never made
         if folder is not None and (trainer.loggers or Path(folder).is_dir()):
             path = Path(folder) / "samples" / f"step={step:08d}.mp4"
-            write_mp4(path, frames, self.fps)
-            contact_sheet(video).save(path.with_suffix(".png"))
+            write_mp4(path, tile(video, math.ceil(math.sqrt(len(video))), captions), self.fps)
+            contact_sheet(video, captions=captions).save(path.with_suffix(".png"))
 
-    def _generate(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        """Return `[n, 3, T, H, W]` in [-1, 1], leaving modes and random numbers of the training as they were."""
+    def _generate(
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any]
+    ) -> tuple[Tensor, list[str], list[str]]:
+        """Make the videos, leaving modes and random numbers of the training as they were.
+
+        Returns:
+            `[n, 3, T, H, W]` in [-1, 1], the task of each, and its caption.
+        """
         num_videos = min(self.num_videos, len(batch["index"]))
         seeds = torch.tensor([keyed_seed(self.seed, position) for position in range(num_videos)])
+        module: Any = pl_module  # an interface, not a class
         with at_rest(trainer, pl_module):
-            return pl_module.sample_videos(batch, seeds)  # type: ignore[operator]  # an interface, not a class
+            video = module.sample_videos(batch, seeds)
+        if not hasattr(module, "sample_captions"):
+            return video, ["video"] * len(video), [""] * len(video)
+        tasks, captions = zip(*module.sample_captions(batch, len(video)), strict=True)
+        return video, list(tasks), list(captions)

@@ -36,6 +36,12 @@ def _compare(args: Sequence[str]) -> None:
     main(args)
 
 
+def _report(args: Sequence[str]) -> None:
+    from experiments.report import main
+
+    main(args)
+
+
 def _import_weights(args: Sequence[str]) -> None:
     from experiments.import_weights import main
 
@@ -76,6 +82,7 @@ SMALL_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "export": ("turn a tokenizer's checkpoint into a bundle: safetensors and JSON", _export),
     "cache-frames": ("decode the videos of a data set once, at training size", _cache_frames),
     "compare": ("one table and one plot of evaluations under one protocol", _compare),
+    "report": ("runs on one page: curves, samples, scores, and what made them", _report),
     "doctor": ("what a data set holds, what of it can be used, what is wrong with it", _doctor),
     "plan": ("what an experiment costs: parameters, FLOPs, memory, hours, disk", _plan),
     "import-weights": ("turn what TATS or MeBT has released into bundles", _import_weights),

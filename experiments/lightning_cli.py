@@ -15,6 +15,7 @@ What this adds to LightningCLI:
 import contextlib
 import copy
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -58,9 +59,11 @@ from datamodules.mixed import MixedDataModule
 from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.tokens import TokenDataModule, TokenOptions, TokenWriter
 from datamodules.video import VideoDataModule
+from experiments.board import as_code, as_table, environment, write_hyper_parameters, write_layout
 from experiments.evaluate import evaluate, load_detectors
 from experiments.messages import did_you_mean, options_of, shortened
 from experiments.protocol import read_protocol
+from experiments.starts import record_start
 from lightning_modules.generator import VideoGenerator
 from models.tokenizers.losses import LPIPS
 from models.weights import check_whole, load_state, read_checkpoint
@@ -617,13 +620,18 @@ def prepared(args: Sequence[str]) -> list[str]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved configuration beside the run, and inside its checkpoints as plain types.
+    """Saves the resolved configuration beside the run, inside its checkpoints as plain types, and in TensorBoard.
+
+    Beside it stands what the run is computed with: in TensorBoard, and for each start in `starts.jsonl`.
 
     Where a run lies and which checkpoint it went on from are no part of an experiment: whoever uses the file again
     makes a new run.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        files = [Path(str(file)) for file in config.get("config") or []]
+        # the experiment gives the run its name; what stands before it are its parents, behind it overrides
+        self._experiment = next((str(file) for file in files if file.stem == config.run_name), None)
         config = config.clone()
         for key in ("base", "run_version", "ckpt_path", "weights_only"):
             config.pop(key, None)
@@ -634,6 +642,41 @@ class SaveConfig(SaveConfigCallback):
         """Save it, if there is a run to save it beside: without a logger, it would lie in the working directory."""
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the start, and write to TensorBoard what a resumed run has not written already."""
+        if not trainer.loggers:
+            return
+        folder = trainer.log_dir  # communicates, so all ranks ask
+        if not trainer.is_global_zero or folder is None:
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        about: dict[str, Any] = {
+            "experiment": self._experiment,
+            "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "environment": environment(trainer),
+        }
+        before = record_start(Path(folder), trainer.global_step, about)
+        for run_logger in trainer.loggers:
+            if not isinstance(run_logger, TensorBoardLogger):
+                continue
+            writer = run_logger.experiment
+            if before is None:
+                generates = hasattr(pl_module, "generate")
+                write_layout(writer, self._features("generator" if generates else "tokenizer"))
+                scores = ["train/loss", "val/loss"] + ([] if generates else ["val/psnr"])
+                write_hyper_parameters(writer, yaml.safe_load(text), scores)
+            if before is None or before["config_sha256"] != about["config_sha256"]:
+                writer.add_text("run/config", as_code(text), trainer.global_step)
+            if before is None or before["environment"] != about["environment"]:
+                writer.add_text("run/environment", as_table(about["environment"]), trainer.global_step)
+
+    def _features(self, kind: str) -> set[str]:
+        """What there are scalars of."""
+        config = self.config
+        has_scores = config.fvd.every_n_steps > 0 or config.fvd.every_n_epochs > 0
+        has_curriculum = config.curriculum.schedule != "longest"
+        return {kind} | ({"scores"} if has_scores else set()) | ({"curriculum"} if has_curriculum else set())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the configuration to a checkpoint, and forget a step that failed before its end.
@@ -702,6 +745,7 @@ class LongtakeCLI(LightningCLI):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._asked = next(iter(options["args"]), None)
+        self._steps_kept: int | None = None
         super().__init__(*args, **options)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -753,7 +797,12 @@ class LongtakeCLI(LightningCLI):
             bundled = json.loads((Path(path) / "config.json").read_text())
             saved = {"_class_path": bundled["class_path"], **bundled["init_args"]}
         elif Path(path).is_file():
-            saved = read_checkpoint(Path(path)).get("hyper_parameters", {})
+            content = read_checkpoint(Path(path))
+            saved = content.get("hyper_parameters", {})
+            if command == "fit" and "loops" in content:  # one of weights alone is refused by Lightning
+                loop = content["loops"]["fit_loop"]["epoch_loop.state_dict"]
+                # it counts the last step only when its checkpoint is written; samples of the step after it are kept
+                self._steps_kept = loop["_batches_that_stepped"] + 2
         else:
             raise FileNotFoundError(
                 f"No checkpoint at {path} (--ckpt_path takes a file; --resume RUN finds the newest one of a run)."
@@ -797,7 +846,12 @@ class LongtakeCLI(LightningCLI):
             unused = ["checkpoint"]  # Lightning 2.6.6 would write its `save_last` into the working directory
         elif config.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(
-                config.run_root, name=config.run_name, version=config.run_version, default_hp_metric=False
+                config.run_root,
+                name=config.run_name,
+                version=config.run_version,
+                default_hp_metric=False,
+                # TensorBoard forgets what a killed run did after its checkpoint, since that is done once more
+                purge_step=self._steps_kept,
             )
         asked = config.trainer.accelerator
         is_there = torch.cuda.is_available() or (asked == "gpu" and torch.backends.mps.is_available())

@@ -608,6 +608,14 @@ class COMMITModule(VideoGenerator):
             video[rows] = self.generate(self.condition(batch, task, rows), self.num_frames, seeds[rows])
         return video
 
+    def sample_captions(self, batch: dict[str, Any], count: int) -> list[tuple[str, str]]:
+        """The task of each of the first videos of `sample_videos`, and task and class as its caption."""
+        tasks = [self.tasks[row % len(self.tasks)] for row in range(count)]
+        labels = batch["label"].tolist() if any(task in CLASS_TASKS for task in tasks) else []
+        return [
+            (task, f"{task}, class {labels[row]}" if task in CLASS_TASKS else task) for row, task in enumerate(tasks)
+        ]
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Generate the videos of the seeds in the batch; without a label, seed i has class i modulo their number.
 

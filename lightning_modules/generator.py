@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -91,6 +92,7 @@ class VideoGenerator(LightningModule):
     network: Any  # the paper's transformer; its `decayed_parameters()` are those under weight decay
     num_classes = 0  # of the labels in batches; 0 for a model that reads none
     reads_text = False  # whether batches must hold `text`, and a prompt can be given
+    num_classes = 0  # that samples can be asked to be of
 
     def __init__(
         self,
@@ -302,6 +304,15 @@ class VideoGenerator(LightningModule):
             return Muon(split_groups(groups, matrices(blocks), self.hparams["muon_lr"]), **settings)
         return AdamW(groups, **settings)
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of all gradients before they are clipped, at the steps that are logged."""
+        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # a connector sets it
+        if log_every == 0 or (self.global_step + 1) % log_every:
+            return
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
     # Generation
 
     @abstractmethod
@@ -355,6 +366,20 @@ class VideoGenerator(LightningModule):
     def sample_videos(self, batch: dict[str, Any], seeds: Tensor) -> Tensor:
         """Videos for a callback to show: `[len(seeds), 3, T, H, W]`."""
         return self.generate(Condition(), self.num_frames, seeds)
+
+    def sample_captions(self, batch: dict[str, Any], count: int) -> list[tuple[str, str]]:
+        """What the first videos of `sample_videos` are: the task of each, and what it was asked for, "" for nothing.
+
+        Args:
+            batch: What the videos were made from.
+            count: How many there are.
+        """
+        captions = [""] * count
+        if self.reads_text or self.hparams.get("text_tokenizer") is not None:
+            captions = list(batch["text"][:count])
+        elif self.num_classes and "label" in batch:
+            captions = [f"class {label}" for label in batch["label"][:count].tolist()]
+        return [("video", caption) for caption in captions]
 
     def checked_task(self, task: str | None, label: int | None = None) -> str | None:
         """Return the task to generate for, if there are tasks; None takes the model's first.

@@ -9,7 +9,7 @@ from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.media import contact_sheet, gif_bytes, tile, to_uint8, write_gif_summary, write_mp4
+from callbacks.media import caption_strip, contact_sheet, gif_bytes, tile, to_uint8, write_gif_summary, write_mp4
 
 
 def moving_frames(num_frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:
@@ -163,3 +163,26 @@ def test_contact_sheet_never_repeats_frames_and_keeps_large_ones(
     num_frames: int, size: int, expected: tuple[int, int]
 ) -> None:
     assert contact_sheet(torch.zeros(1, 3, num_frames, size, size)).size == expected
+
+
+def test_captions_stand_below_videos_and_above_the_rows_of_a_sheet() -> None:
+    video = torch.zeros(2, 3, 4, 64, 64)  # grey
+    plain, captioned = tile(video, 2), tile(video, 2, ["a red ball that rolls over the table", ""])
+    assert captioned.shape[2] == 2 * (128 + 2) + 2
+    strip = captioned.shape[1] - (128 + 4)
+    assert strip > 20  # two lines
+    first, second = captioned[:, -strip:, : 128 + 2], captioned[:, -strip:, 128 + 2 :]
+    assert first.min() < 100
+    assert second.min() == 255
+    assert (captioned == captioned[:1]).all()  # what does not move does not flicker
+    assert np.array_equal(tile(video, 2, ["", ""]), plain)
+
+    sheet, bare = contact_sheet(video, captions=["one", "two"]), contact_sheet(video)
+    assert sheet.width == bare.width
+    assert sheet.height > bare.height + 20
+
+
+def test_long_captions_end_in_an_ellipsis() -> None:
+    short, long, longer = (caption_strip("word " * count, 128, 2) for count in (3, 40, 80))
+    assert short.shape == long.shape
+    assert torch.equal(long, longer)

@@ -177,3 +177,26 @@ def test_other_ranks_generate_and_write_nothing(
 def test_numbers_out_of_range_are_refused(argument: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"{argument}={value} .*--samples\.{argument}"):
         SampleLogger(**{argument: value})
+
+
+def test_each_task_has_a_grid_of_its_own_with_captions(
+    toy_module: LightningModule,
+    batches: Batches,
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sample_captions(batch: dict[str, Any], count: int) -> list[tuple[str, str]]:
+        return [("inpainting" if row % 2 else "video", f"class {row}") for row in range(count)]
+
+    monkeypatch.setattr(toy_module, "sample_captions", sample_captions, raising=False)
+    logger = TensorBoardLogger(str(tmp_path), name="run")
+    trainer = make_trainer(logger=logger, callbacks=[SampleLogger(every_n_steps=1)], max_steps=1)
+    trainer.fit(toy_module, batches(1, batch_size=3))
+
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert events.Tags()["images"] == ["samples/video", "samples/inpainting"]
+    (two,), (one,) = events.Images("samples/video"), events.Images("samples/inpainting")
+    assert one.width == 22 * 6 + 4  # 6 pixels become 132, so that a caption has room
+    assert two.width == 2 * (22 * 6 + 2) + 2
+    assert one.height > 22 * 8 + 4 + 10

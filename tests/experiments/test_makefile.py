@@ -45,7 +45,7 @@ def test_train_goes_on_with_a_run() -> None:
     assert out.splitlines()[-1].endswith("longtake fit --resume runs/mebt_16f/version_3 ")
 
 
-def test_evaluate_and_compare_print_their_commands() -> None:
+def test_evaluate_compare_and_report_print_their_commands() -> None:
     words = (
         "--dry-run",
         "evaluate",
@@ -59,7 +59,10 @@ def test_evaluate_and_compare_print_their_commands() -> None:
         "--batch_size=2"
     )
     assert " ".join(make(*words).stdout.split()).endswith(expected)
-    assert make("--dry-run", "compare", "RUNS=a b").stdout.splitlines()[-1].split()[1:] == ["compare", "a", "b"]
+    for command, variable in (("compare", "RUNS"), ("report", "RUN")):
+        out = make("--dry-run", command, f"{variable}=a b").stdout
+        assert out.splitlines()[-1].split()[1:] == [command, "a", "b"]
+        assert f"{variable}= folders" in make(command).stdout
 
 
 def test_sample_asks_for_a_checkpoint_that_exists() -> None:

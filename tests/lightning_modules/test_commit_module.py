@@ -578,6 +578,14 @@ def test_videos_to_show_go_through_the_tasks(tokenizer_bundle: Path, clips: dict
         alone = module.generate(condition(clips, task, rows), 16, seeds[rows])
         torch.testing.assert_close(video[rows], alone, atol=1e-4, rtol=0)
 
+    labels = clips["label"].tolist()
+    assert module.sample_captions(clips, 4) == [
+        (tasks[0], f"{tasks[0]}, class {labels[0]}"),
+        (tasks[1], tasks[1]),
+        (tasks[2], tasks[2]),
+        (tasks[0], f"{tasks[0]}, class {labels[3]}"),
+    ]
+
 
 def test_without_a_label_the_seeds_go_through_the_classes(module: COMMITModule) -> None:
     batch = {"seeds": torch.tensor([3, 14]), "num_frames": 16, "task": "class_conditional"}

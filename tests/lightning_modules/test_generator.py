@@ -202,6 +202,15 @@ def test_callbacks_and_prediction_see_a_video_for_each_seed(dice: Dice) -> None:
     assert video.shape == (2, 3, 8, 32, 32)
 
 
+def test_captions_say_what_videos_were_asked_for(dice: Dice) -> None:
+    batch = {"label": torch.tensor([4, 9, 2]), "text": ["a ball", "a box", "a star"]}
+    assert dice.sample_captions(batch, 2) == [("video", ""), ("video", "")]
+    dice.num_classes = 12
+    assert dice.sample_captions(batch, 2) == [("video", "class 4"), ("video", "class 9")]
+    dice.reads_text = True
+    assert dice.sample_captions(batch, 2) == [("video", "a ball"), ("video", "a box")]
+
+
 def test_known_pixels_are_first_frames_only_if_they_are_whole() -> None:
     video, known = torch.zeros(2, 3, 8, 4, 4), torch.zeros(8, 4, 4, dtype=torch.bool)
     assert Condition().first_frames() is None

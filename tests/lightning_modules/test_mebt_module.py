@@ -627,3 +627,24 @@ def test_a_checkpoint_made_without_the_command_line_is_plain_and_loads(tokenizer
         assert torch.equal(loaded.state_dict()[name], tensor)
     seeds = torch.tensor([2])
     assert torch.equal(loaded.generate_codes(16, seeds), module.generate_codes(16, seeds))
+
+
+def test_the_norm_of_the_gradients_is_logged_before_they_are_clipped(tokenizer_bundle: Path) -> None:
+    module = MeBTModule(str(tokenizer_bundle), **TOY)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(
+        max_steps=1,
+        limit_val_batches=0,
+        accelerator="cpu",
+        log_every_n_steps=1,
+        gradient_clip_val=1e-3,
+        **quiet,
+    )
+    loader = DataLoader([{"codes": random_codes()}], batch_size=None)
+    trainer.fit(module, loader, loader)
+    assert trainer.callback_metrics["train/grad_norm"] > 0.01  # they were clipped to a thousandth
