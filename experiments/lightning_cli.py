@@ -63,7 +63,7 @@ from experiments.board import as_code, as_table, environment, write_hyper_parame
 from experiments.evaluate import evaluate, load_detectors
 from experiments.messages import did_you_mean, options_of, shortened
 from experiments.protocol import read_protocol
-from experiments.starts import record_start
+from experiments.starts import leaves, record_start
 from lightning_modules.generator import VideoGenerator
 from models.tokenizers.losses import LPIPS
 from models.weights import check_whole, load_state, read_checkpoint
@@ -651,9 +651,11 @@ class SaveConfig(SaveConfigCallback):
         if not trainer.is_global_zero or folder is None:
             return
         text = self.parser.dump(self.config, skip_none=False)
+        # 100000 where a float may stand comes back as 100000.0 from a run's file: the same configuration
+        values = {name: float(v) if type(v) is int else v for name, v in leaves(yaml.safe_load(text)).items()}
         about: dict[str, Any] = {
             "experiment": self._experiment,
-            "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
             "environment": environment(trainer),
         }
         before = record_start(Path(folder), trainer.global_step, about)

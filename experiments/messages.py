@@ -19,9 +19,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds defaults to the help of options, but of switches and of those whose help says what None means."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_it = (
-            not action.option_strings or action.default in (None, False, argparse.SUPPRESS) or action.default == []
-        )
+        nothing = action.default is None or action.default is False  # not 0
+        says_it = not action.option_strings or nothing or action.default in (argparse.SUPPRESS, [])
         return action.help if says_it else f"{action.help} (default: %(default)s)"
 
 

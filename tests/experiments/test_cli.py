@@ -93,7 +93,7 @@ def test_console_shows_the_traceback_when_asked_to(tiny: Path, monkeypatch: pyte
 def test_console_keeps_the_traceback_of_errors_that_are_no_message_for_the_user(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def parse_a_config() -> None:
+    def parse_a_config(args: list[str]) -> None:
         json.loads("{")  # raised inside the standard library: a ValueError too
 
     monkeypatch.setattr(experiments.cli, "main", parse_a_config)
@@ -102,7 +102,7 @@ def test_console_keeps_the_traceback_of_errors_that_are_no_message_for_the_user(
 
 
 def test_console_says_in_one_message_what_stopped_a_worker_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail_as_a_loader_does() -> None:
+    def fail_as_a_loader_does(args: list[str]) -> None:
         try:
             raise UnreadableVideoError("toys: 2 of 3 videos cannot be read:\n  a.avi: broken")
         except UnreadableVideoError:

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,13 +219,13 @@ def test_samples_take_captions_and_sounds_of_validation_clips(
 ) -> None:
     """Two videos, of the first two clips."""
     asked: list[TATSCondition] = []
-    generate = TATSModule.generate
+    generate = TATSModule.iter_generate
 
-    def watched(self: TATSModule, condition: TATSCondition, *rest: Any) -> torch.Tensor:
+    def watched(self: TATSModule, condition: TATSCondition, *rest: Any) -> Iterator[torch.Tensor]:
         asked.append(condition)
         return generate(self, condition, *rest)
 
-    monkeypatch.setattr(TATSModule, "generate", watched)
+    monkeypatch.setattr(TATSModule, "iter_generate", watched)
     heard = {"audio_tokenizer": str(stft), "audio_downsample": [4, 16, 8], "audio_codebook_size": 16}
     read = {"text_tokenizer": "bytes", "text_vocabulary": 257, "text_length": 12}
     for name, arguments, kind in (("reads", read, "captions"), ("hears", heard, "audio")):
