@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from models.random import keyed_generator
 
@@ -73,7 +73,7 @@ def collate_clips(items: list[dict[str, Any]]) -> dict[str, Any]:
     for key, value in items[0].items():
         column = [item[key] for item in items]
         if isinstance(value, torch.Tensor):
-            batch[key] = torch.stack(column)
+            batch[key] = default_collate(column)  # in a worker, straight into memory that the processes share
         elif isinstance(value, str | list):
             batch[key] = column
         elif key in ("label", "index", "is_image"):
