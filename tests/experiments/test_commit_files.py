@@ -90,6 +90,7 @@ def test_published_experiments_have_their_size_tasks_and_length(
     assert given.sum() == (512 if "k600" in name else 256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_experiment_learns_in_twenty_steps_at_toy_size(
     name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
