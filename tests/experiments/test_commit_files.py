@@ -14,8 +14,9 @@ from tiny_experiments import EVERY_RUN, read_video, write_experiment
 
 from callbacks.media import write_mp4
 from datamodules.clip_file import read_clip
+from experiments.arguments import expanded_configs
 from experiments.cli import ROOT, main
-from experiments.lightning_cli import expanded_configs, run
+from experiments.lightning_cli import run
 from lightning_modules import COMMITModule
 from lightning_modules.generator import Condition
 from models.priors.tasks import TASKS, condition_tokens

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from experiments.ablations import mebt_curriculum
+from experiments.arguments import expanded_configs
 from experiments.benchmarks import mebt as benchmark
 from experiments.cli import ROOT, main
-from experiments.lightning_cli import expanded_configs
 from models.priors.decoding import DraftAndRevise, draft_and_revise, seeded_noise
 
 PRESETS = ROOT / "experiments/_base/sampling"
