@@ -7,12 +7,13 @@ a GPU the networks have their published sizes, on a CPU small ones.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.benchmarks.report import Measurement, seconds_of
+from experiments.benchmarks.report import Measurement, seconds_in_turn
 from models.blocks.conv import SamePadConv3d, SamePadConvTranspose3d
 from models.blocks.norm import FrameGroupNorm
 from models.blocks.residual import ResBlock, ResStack
@@ -84,28 +85,28 @@ def measure(name: str, tokenizer: VQGAN3D, scale: Scale, device: torch.device) -
         optimizer.step()
         optimizer.zero_grad()
 
-    def taken(function: Callable[[], object]) -> float:
-        def synchronised() -> None:
+    def taken(*functions: Callable[[], object]) -> tuple[float, ...]:
+        def synchronised(function: Callable[[], object]) -> None:
             function()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        return seconds_of(synchronised, scale.seconds)
+        return seconds_in_turn([partial(synchronised, function) for function in functions], scale.seconds)
 
     rows = []
-    steps = [taken(lambda forward=forward: train(forward)) for forward in (our_forward, plain_forward)]  # type: ignore[misc]
+    steps = taken(lambda: train(our_forward), lambda: train(plain_forward))
     rows.append(against(f"{name}: training step", *steps))
     with evaluating(tokenizer):
         latents = tokenizer.encode(video).latents
-        encode = [taken(lambda: tokenizer.encode(video)), taken(lambda: plain_codes(tokenizer, video))]
-        decode = [taken(lambda: tokenizer.decode(latents)), taken(lambda: plain_decode(tokenizer, latents))]
+        encode = taken(lambda: tokenizer.encode(video), lambda: plain_codes(tokenizer, video))
+        decode = taken(lambda: tokenizer.decode(latents), lambda: plain_decode(tokenizer, latents))
         for what, seconds in (("encoding", encode), ("decoding", decode)):
             rows.append(Measurement(f"{name}: {what}", scale.clips * frames / seconds[0], "frames/s"))
             rows.append(against(f"{name}: {what}", *seconds))
         if tokenizer.encoder.whole_clip_reason() is None:
             count = scale.long_frames + tokenizer.encoder.is_causal
             long = video.new_zeros(1, 3, count, *video.shape[3:])
-            pieces = taken(lambda: [None for _ in tokenizer.iter_encode(long)])
+            (pieces,) = taken(lambda: [None for _ in tokenizer.iter_encode(long)])
             rows.append(Measurement(f"{name}: encoding a long video in pieces", count / pieces, "frames/s"))
     return rows
 
