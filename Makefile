@@ -24,7 +24,7 @@ EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(STRATEGY),--config experiments/_base/trainer/$(STRATEGY).yaml )$(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-measurements plan train sample evaluate compare report tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
+.PHONY: help setup demo test test-faults test-slow plan train sample evaluate compare report tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -50,8 +50,8 @@ test: $(STAMP) ## run the whole test suite, in two processes
 test-faults: $(STAMP) ## kill runs with SIGKILL at random moments, and compare; minutes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m faults $(ARGS)
 
-test-measurements: $(STAMP) ## run benchmarks and comparisons at toy size
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m measurements $(ARGS)
+test-slow: $(STAMP) ## every experiment, benchmark and comparison at toy size, and what else takes long
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow $(ARGS)
 
 _known_experiment:
 	@test -f "experiments/$(EXP).yaml" || \

@@ -122,13 +122,14 @@ class CaptionedClips(VideoClips):
         return super().item(request) | {"text": self.videos[request.index].text, "is_image": self.num_frames == 1}
 
     def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
-        """Resize and crop one frame `[h, w, 3]` to float `[3, H, W]`."""
+        """Resize and crop one frame `[h, w, 3]` to `[3, H, W]` of 0 to 255."""
         if self.width is None:
             return super()._square(frame, place)
-        image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()  # [1, 3, h, w]
+        image = torch.from_numpy(frame).permute(2, 0, 1)[None]  # [1, 3, h, w]
         wanted = (self.resolution, self.width)
         scale = max(pixels / side for pixels, side in zip(wanted, image.shape[2:], strict=True))
         size = [max(p, round(side * scale)) for p, side in zip(wanted, image.shape[2:], strict=True)]
+        image = image if self.antialias else image.float()
         image = F.interpolate(image, size, mode="bilinear", antialias=self.antialias)
         share = place or (0.5, 0.5)
         top, left = (int(part * (side - p + 1)) for part, side, p in zip(share, size, wanted, strict=True))

@@ -56,7 +56,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         frame_stride: distance of neighbouring frames of a clip in the video.
         resolution: height and width, in pixels.
         seed: key of all random choices.
-        antialias: whether the bilinear resize filters when it shrinks.
+        antialias: whether the bilinear resize filters when it shrinks, and then rounds to whole numbers, as PIL does.
         random_crop: whether to crop at a random place instead of the centre.
         horizontal_flip: whether to mirror half of the clips.
         name: what the log calls this data set.
@@ -202,10 +202,13 @@ class VideoClips(Dataset[dict[str, Any]]):
         start = self.start(request.index, request.epoch) + request.read_start * self.frame_stride
         count = self.num_frames - request.read_start if request.read_frames is None else request.read_frames
         place = [self._uniform(_CROP_STREAM, *key, axis) for axis in (1, 2)] if self.random_crop else None
-        clip = torch.empty(3, count, self.resolution, self.resolution)
         # one by one: a long clip of a large video is never in memory whole
-        for number, frame in enumerate(video.frames(start, count, self.frame_stride)):
-            clip[:, number] = self._square(frame, place)
+        frames = (self._square(frame, place) for frame in video.frames(start, count, self.frame_stride))
+        first = next(frames)
+        clip = torch.empty(3, count, *first.shape[1:])  # [3, T, H, W]
+        clip[:, 0] = first
+        for number, frame in enumerate(frames, start=1):
+            clip[:, number] = frame
         if self._is_mirrored(request):
             clip = clip.flip(3)
         return clip.div_(127.5).sub_(1).clamp_(-1, 1)
@@ -213,13 +216,14 @@ class VideoClips(Dataset[dict[str, Any]]):
     def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
         """Resize the shorter side and crop, at the centre or elsewhere: uint8 `[h, w, 3]` to `[3, H, W]` of 0 to 255.
 
-        A frame that has the size stays uint8, which is faster to put into the clip.
+        With antialiasing in whole numbers, as PIL does, which takes a quarter of the time; else in floating point.
         """
         image = torch.from_numpy(frame).permute(2, 0, 1)  # [3, h, w]
         shorter = min(image.shape[1:])
         if shorter != self.resolution:
             size = [round(side * self.resolution / shorter) for side in image.shape[1:]]
-            image = F.interpolate(image[None].float(), size, mode="bilinear", antialias=self.antialias)[0]
+            image = image if self.antialias else image.float()
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=self.antialias)[0]
         spare = [side - self.resolution for side in image.shape[1:]]
         if place is None:
             top, left = (pixels // 2 for pixels in spare)
@@ -366,7 +370,7 @@ class VideoFilesDataModule(VideoDataModule):
         num_frames: frames of a clip; shorter videos are left out.
         frame_stride: distance of neighbouring frames of a clip in the video, 1 for all frames.
         resolution: height and width of a clip, in pixels.
-        antialias: whether the bilinear resize filters when it shrinks.
+        antialias: whether the bilinear resize filters when it shrinks, and then rounds to whole numbers, as PIL does.
         random_crop: whether training clips are cropped at a random place instead of the centre.
         horizontal_flip: whether half of the training clips are mirrored.
         val_windows: clips of each validation video along time, evenly spaced, the first one of all videos first; null

@@ -146,3 +146,7 @@ def is_for_the_user(error: Exception) -> bool:
     is_of_a_file = isinstance(error, OSError) and error.filename is not None
     is_of_a_setting = type(error).__name__ == "MisconfigurationException"  # its import would take seconds
     return is_of_a_setting or is_of_a_file or (is_ours and isinstance(error, ValueError | OSError))
+
+
+if __name__ == "__main__":  # `torchrun -m experiments.cli`
+    console()

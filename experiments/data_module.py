@@ -9,7 +9,8 @@ from jsonargparse import ActionConfigFile
 
 import datamodules  # noqa: F401  (class names work without their path once imported)
 from datamodules.video import VideoDataModule
-from experiments.lightning_cli import LongtakeParser, expanded_configs, refuse_linked_values
+from experiments.arguments import expanded_configs, refuse_linked_values
+from experiments.lightning_cli import LongtakeParser
 
 
 def data_module(experiments: Sequence[Path], words: Sequence[str], command: str) -> VideoDataModule:

@@ -325,7 +325,8 @@ def _differences(run: Run) -> str:
     if not file.is_file():
         return f"{title}<p>Not known: there is no experiment file {escape(str(file))} here.</p>"
     # the defaults of all classes are Lightning's command line's to say, which takes ten seconds to import
-    from experiments.lightning_cli import LINKS, parsed
+    from experiments.arguments import LINKS
+    from experiments.lightning_cli import parsed
 
     try:
         theirs = parsed(["fit", f"--config={file}"])

@@ -183,7 +183,7 @@ class Bench:
 
     def _val_clips(self) -> dict[str, Tensor]:
         from datamodules import MovingShapesDataModule
-        from experiments.lightning_cli import expanded_configs
+        from experiments.arguments import expanded_configs
 
         data: dict[str, Any] = {}
         for file in expanded_configs(ROOT / "experiments/demo_commit.yaml"):

@@ -100,12 +100,12 @@ def decode_and_resize(path: Path, start: int, resolution: int) -> torch.Tensor:
         for number, frame in enumerate(container.decode(stream)):
             if number >= start:
                 rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+                image = torch.from_numpy(rgb).permute(2, 0, 1)[None]
                 image = F.interpolate(image, size, mode="bilinear", antialias=True)
                 frames.append(image[0, :, :, left : left + resolution])
             if len(frames) == CLIP:
                 break
-    return torch.stack(frames, dim=1).div_(127.5).sub_(1).clamp_(-1, 1)
+    return torch.stack(frames, dim=1).float().div_(127.5).sub_(1).clamp_(-1, 1)
 
 
 def index_speed(root: Path, count: int) -> list[Measurement]:

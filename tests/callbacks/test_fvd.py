@@ -357,7 +357,6 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(of_two_ranks: Path, tmp_path: Path) -> None:
     measure(tmp_path, devices=1)
     name = f"frechet_random_i3d_{FRAMES}f"

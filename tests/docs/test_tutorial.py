@@ -32,6 +32,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
+@pytest.mark.slow
 def test_the_tutorial_leads_from_nothing_to_a_table_of_four_priors(monkeypatch: pytest.MonkeyPatch) -> None:
     card = DetectorCard("random_toy", "random, none", 3, 3, Preprocessing(32, "half_pixel"))
     monkeypatch.setattr(experiments.evaluate, "random_i3d", lambda: Detector(Colours(), card))

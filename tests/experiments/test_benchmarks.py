@@ -49,7 +49,6 @@ def test_scripts_are_found_by_their_names(
     assert "there is no benchmark speed; there are: commit, data, " in capsys.readouterr().err
 
 
-@pytest.mark.measurements
 @pytest.mark.slow
 def test_the_data_path_can_be_measured() -> None:
     rows = {row.name: row for row in data.run(quick=True)}

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ def test_arguments_of_the_process_are_taken_when_none_are_given(
     monkeypatch.setattr(sys, "argv", ["longtake", "--help"])
     main()
     assert "usage: longtake COMMAND" in capsys.readouterr().out
+
+
+def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torchrun -m experiments.cli fit` does what `longtake fit` does."""
+    monkeypatch.setattr(sys, "argv", ["cli.py", "fitt"])
+    with (
+        pytest.raises(SystemExit, match="there is no command 'fitt'"),
+        pytest.warns(RuntimeWarning, match="sys.modules"),
+    ):
+        runpy.run_module("experiments.cli", run_name="__main__")
 
 
 def test_help_of_a_model_says_what_its_arguments_are(capsys: pytest.CaptureFixture[str]) -> None:

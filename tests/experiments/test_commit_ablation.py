@@ -13,7 +13,7 @@ from experiments.task_sheet import main as draw_tasks
 from models.priors.tasks import TASKS
 
 
-@pytest.mark.measurements
+@pytest.mark.slow
 def test_all_arms_are_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = commit.compare("quick", tmp_path / "quick/commit")
@@ -34,7 +34,7 @@ def test_all_arms_are_trained_and_scored(tmp_path: Path, monkeypatch: pytest.Mon
     assert write(found["commit_masking"], tmp_path, "commit_masking").startswith("### COMMIT's masking")
 
 
-@pytest.mark.measurements
+@pytest.mark.slow
 def test_the_benchmark_counts_twelve_network_calls() -> None:
     overhead, speed = benchmark.run(quick=True)[:2]
     assert overhead.value > 1.0  # of the sum of what it contains

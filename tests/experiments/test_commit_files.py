@@ -14,8 +14,9 @@ from tiny_experiments import EVERY_RUN, read_video, write_experiment
 
 from callbacks.media import write_mp4
 from datamodules.clip_file import read_clip
+from experiments.arguments import expanded_configs
 from experiments.cli import ROOT, main
-from experiments.lightning_cli import expanded_configs, run
+from experiments.lightning_cli import run
 from lightning_modules import COMMITModule
 from lightning_modules.generator import Condition
 from models.priors.tasks import TASKS, condition_tokens
@@ -90,6 +91,7 @@ def test_published_experiments_have_their_size_tasks_and_length(
     assert given.sum() == (512 if "k600" in name else 256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_experiment_learns_in_twenty_steps_at_toy_size(
     name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

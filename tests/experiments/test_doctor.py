@@ -270,7 +270,6 @@ class TestWhatIsExamined:
         assert "nume_frames" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_help_answers_within_a_second_of_processor_time() -> None:
     program = "import sys; from experiments.cli import main; main(['doctor', '--help'])"
     code = f"import time\ntry:\n    {program.replace('; ', chr(10) + '    ')}\nexcept SystemExit:\n    pass\n"

@@ -217,6 +217,15 @@ def test_reconstructions_of_a_tokenizer_are_compared_with_their_inputs(
     assert scores["psnr"]["mean"] == pytest.approx(float(expected), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["shapes_16", "shapes_64", "shapes_128"])
+def test_the_race_takes_place_in_the_world_that_the_demo_learns(name: str) -> None:
+    learnt = yaml.safe_load((FOLDER.parent / "_base/demo.yaml").read_text())["data"]["init_args"]
+    asked = read_protocol(name).data["init_args"]
+    shared = learnt.keys() & asked.keys() - {"num_frames", "num_val"}
+    assert shared == {"resolution", "min_objects", "max_objects", "size", "speed", "texture", "shade"}
+    assert {key: asked[key] for key in shared} == {key: learnt[key] for key in shared}
+
+
 def test_a_leak_is_named(tiny: Path, mebt_run: Path) -> None:
     changes = {"split": "train", "order": "drawn", "real": 4, "repeats": 1, "samples": 4, "scores": ["frechet"]}
     with pytest.warns(UserWarning, match=r"LEAK: .* MAGVIT and TATS do just that"):

@@ -13,8 +13,9 @@ import torch
 from five_experiments import MODULES, differences, last_ledger, write_five_experiments
 
 from callbacks.checkpoint import CheckpointWriteError
+from experiments.arguments import resumed
 from experiments.cli import ROOT, main
-from experiments.lightning_cli import claimed, newest_checkpoint, resumed
+from experiments.runs import claimed, newest_checkpoint
 from models.random import keyed_generator
 from models.weights import read_manifest
 

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from experiments.ablations import mebt_curriculum
+from experiments.arguments import expanded_configs
 from experiments.benchmarks import mebt as benchmark
 from experiments.cli import ROOT, main
-from experiments.lightning_cli import expanded_configs
 from models.priors.decoding import DraftAndRevise, draft_and_revise, seeded_noise
 
 PRESETS = ROOT / "experiments/_base/sampling"
@@ -116,7 +116,7 @@ def test_arms_of_the_curriculum_see_as_many_tokens() -> None:
     assert mebt_curriculum.steps_of("full length", 300) == 300
 
 
-@pytest.mark.measurements
+@pytest.mark.slow
 def test_the_curriculum_can_be_compared(tmp_path: Path) -> None:
     comparisons = mebt_curriculum.compare("quick", tmp_path)
     assert comparisons.keys() == {"mebt_curriculum", "mebt_curriculum_nll"}

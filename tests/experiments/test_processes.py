@@ -39,8 +39,6 @@ samples: 4
 repeats: 2
 """.format(shapes_16=ROOT / "experiments/protocols/shapes_16.yaml")
 
-pytestmark = pytest.mark.slow
-
 
 @contextlib.contextmanager
 def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:

@@ -29,7 +29,7 @@ def test_all_caches_give_the_same_features() -> None:
         assert torch.allclose(features(tats.GrowingCache(2)), expected, atol=1e-5)
 
 
-@pytest.mark.measurements
+@pytest.mark.slow
 def test_the_benchmark_runs_and_plots(tmp_path: Path) -> None:
     rows = tats.run(quick=True)
     names = [row.name for row in rows]
@@ -42,7 +42,7 @@ def test_the_benchmark_runs_and_plots(tmp_path: Path) -> None:
         assert plot.size == (900, 400)
 
 
-@pytest.mark.measurements
+@pytest.mark.slow
 def test_the_comparison_of_paddings_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = tats_padding.compare("quick", tmp_path / "runs")

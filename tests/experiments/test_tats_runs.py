@@ -116,6 +116,7 @@ TOY_RUN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_experiment_learns_in_20_steps_at_toy_size(
     name: str, world: Path, stft: Path, losses: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -56,7 +56,6 @@ def test_every_comparison_has_its_arms(tmp_path: Path, monkeypatch: pytest.Monke
         assert sheet.height > 3 * 8
 
 
-@pytest.mark.measurements
 @pytest.mark.slow
 def test_arms_train_and_are_measured(tmp_path: Path) -> None:
     size = SIZES["quick"]

@@ -35,7 +35,6 @@ def test_the_plain_network_is_the_same(family: str) -> None:
         )
 
 
-@pytest.mark.measurements
 @pytest.mark.slow
 def test_tokenizers_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers, "FAMILIES", {"causal": tokenizers.causal})

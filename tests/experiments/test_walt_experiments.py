@@ -171,6 +171,7 @@ def train(name: str, toy: dict[str, Any]) -> Path:
     return Path("runs") / name / "version_0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_experiment_learns_at_toy_size(
     name: str, continuous_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

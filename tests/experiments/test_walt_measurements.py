@@ -8,7 +8,6 @@ from experiments.ablations import walt as ablation
 from experiments.benchmarks import walt as benchmark
 
 
-@pytest.mark.measurements
 @pytest.mark.slow
 def test_the_main_claims_can_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -29,7 +28,7 @@ def test_long_compares_all_of_the_papers_table() -> None:
     assert len(ablation.OTHERS) == 6
 
 
-@pytest.mark.measurements
+@pytest.mark.slow
 def test_windows_and_sampling_can_be_measured() -> None:
     rows = {row.name: row for row in benchmark.run(quick=True)}
     assert rows.keys() >= {"windows against full attention", "windows against DiT", "samples, 2 DDIM steps"}

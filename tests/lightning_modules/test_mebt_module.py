@@ -297,6 +297,7 @@ def test_training_settings_out_of_range_are_refused(change: dict[str, Any], mess
         MeBTModule("nowhere", **(TOY | change))
 
 
+@pytest.mark.slow
 def test_compiled_training_needs_few_graphs_for_a_thousand_lengths_and_masks(
     tokenizer_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

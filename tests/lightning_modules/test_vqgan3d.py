@@ -707,7 +707,6 @@ def ddp_run(folder: str, rank: int, ranks: int) -> None:
     torch.save({"state": module.state_dict(), "metrics": metrics, "step": run.global_step}, f"{folder}/{rank}.pt")
 
 
-@pytest.mark.slow
 def test_two_ranks_train_as_one_process_with_both_batches(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -16,7 +16,6 @@ def test_one_process_normalises_as_torch_does() -> None:
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["2d", "3d"])
 def test_two_ranks_normalise_as_one_process_with_both_batches(two_ranks: TwoRanks, case: str) -> None:
     parts = [rank[case] for rank in two_ranks]

@@ -68,7 +68,6 @@ def test_a_continuous_tokenizer_encodes_and_decodes_and_has_no_codes(quantizer: 
         tokenizer.latents_to_codes(encoded.latents)
 
 
-@pytest.mark.slow
 def test_two_ranks_share_the_noise_that_one_would_draw(two_ranks: TwoRanks) -> None:
     parts = [rank["gaussian"] for rank in two_ranks]
     z = torch.cat([part["z"] for part in parts])

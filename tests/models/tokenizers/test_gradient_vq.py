@@ -92,7 +92,6 @@ def test_codebook_starts_uniform_within_the_released_limits() -> None:
     assert embeddings.std().item() == pytest.approx(1024**-0.5, rel=1e-2)
 
 
-@pytest.mark.slow
 def test_two_ranks_average_probabilities_before_the_logarithm(two_ranks: TwoRanks) -> None:
     parts = [rank["gradient_vq"] for rank in two_ranks]
     vq = quantizer(temperature=0.5, entropy_weight=1.0)

@@ -154,7 +154,6 @@ def test_sizes_that_cannot_be_are_refused(options: dict[str, int], message: str)
         LookupFreeQuantizer(**options)
 
 
-@pytest.mark.slow
 def test_two_ranks_have_the_entropy_and_the_gradients_of_one_process(two_ranks: TwoRanks) -> None:
     parts = [rank["lookup_free"] for rank in two_ranks]
     z = torch.cat([part["z"] for part in parts]).requires_grad_()

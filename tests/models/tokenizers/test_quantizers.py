@@ -226,7 +226,6 @@ def test_counts_are_those_of_bincount() -> None:
     assert torch.equal(code_counts(codes, 11), torch.bincount(codes.flatten(), minlength=11))
 
 
-@pytest.mark.slow
 def test_two_ranks_keep_the_codebook_of_one_process_with_both_batches(two_ranks: TwoRanks) -> None:
     parts = [rank["quantizer"] for rank in two_ranks]
     quantizer = VectorQuantizer(7, 3, restart_threshold=1.0).double()

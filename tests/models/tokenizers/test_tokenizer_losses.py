@@ -238,7 +238,6 @@ def test_a_classifier_without_its_weights_is_refused(classifier: tuple[torch.nn.
         TimmPerceptual("resnet18", classifier[1])
 
 
-@pytest.mark.slow
 def test_two_ranks_have_the_penalties_of_one_process(two_ranks: TwoRanks) -> None:
     parts = [rank["penalties"] for rank in two_ranks]
     torch.manual_seed(0)
