@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_modules
 from callbacks import ShortToLongCurriculum
+from datamodules.audio import BANDS, COLUMNS
 from experiments.lightning_cli import parsed
 from experiments.messages import HelpFormatter
 from lightning_modules import COMMITModule, MeBTModule, TATSModule, VQGAN3DModule, WALTModule
@@ -255,9 +256,9 @@ def generator_traces(module: VideoGenerator, batch_size: int, precision: str, me
     return flops, full.saved_bytes
 
 
-def tokenizer_traces(module: VQGAN3DModule, clip: tuple[int, int, int], batch_size: int, precision: str) -> list[Trace]:
-    """The two halves of a GAN's step."""
-    batch = {"video": torch.rand(batch_size, 3, *clip)}
+def tokenizer_traces(module: VQGAN3DModule, clip: tuple[int, ...], batch_size: int, precision: str) -> list[Trace]:
+    """The two halves of a GAN's step on clips `[C, T, H, W]`."""
+    batch = {"video": torch.rand(batch_size, *clip)}
     module.tokenizer.quantizer.eval()  # the codebook's update counts for nothing, and asks for values
     parameters = [*module.parameters(), *module.buffers()]
     halves = [traced(lambda: gan_step(module, batch, adversary=False), parameters, precision)]
@@ -349,7 +350,9 @@ def make_plan(
     batch_size, precision = data["batch_size"], str(trainer["precision"] or "32-true")
     with shapes_only():
         module = make_module(config["model"])
-        clip = (data["num_frames"], data["resolution"], data["resolution"])
+        clip = (3, data["num_frames"], data["resolution"], data["resolution"])
+        if config["data"]["class_path"].endswith("SpectrogramDataModule"):
+            clip = (1, data["num_frames"], BANDS, COLUMNS)
         frozen_bytes, encode_flops, accumulate = 0, 0.0, trainer["accumulate_grad_batches"] or 1
         if isinstance(module, VQGAN3DModule):
             accumulate = module.accumulate_grad_batches
@@ -358,7 +361,7 @@ def make_plan(
             parts = {"tokenizer": count(module.tokenizer)}
             parts["discriminators"] = count(module) - parts["tokenizer"]
             tokens, blocks = 1, [module.tokenizer.encoder, module.tokenizer.decoder]
-            for size in module.tokenizer.latent_shape(*clip):
+            for size in module.tokenizer.latent_shape(*clip[1:]):
                 tokens *= size
             if module.perceptual is not None:
                 frozen_bytes = 4 * count(module.perceptual)
@@ -377,7 +380,7 @@ def make_plan(
             )
             if (tokenizer := frozen_tokenizer(module.tokenizer_path)) is not None:
                 frozen_bytes = 4 * count(tokenizer)
-                video = torch.rand(1, 3, *clip)
+                video = torch.rand(1, *clip)
                 encode_flops = batch_size * encode_cost(tokenizer, video)
         trained = count(module)
         averaged = trained if config["ema"]["decay"] else 0

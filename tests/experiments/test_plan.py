@@ -10,7 +10,7 @@ from five_experiments import MODULES, write_five_experiments
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.cli import main
+from experiments.cli import ROOT, main
 from experiments.lightning_cli import parsed
 from experiments.plan import make_plan
 
@@ -101,3 +101,10 @@ def test_a_page_and_json(five: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert plan["token_cache_bytes"] == 1000 * plan["tokens"]  # 16 codes: a byte each
     with pytest.raises(SystemExit):
         main(["plan"])
+
+
+@pytest.mark.slow
+def test_sound_is_planned_as_spectrograms_of_one_channel() -> None:
+    plan = make_plan(parsed(["fit", f"--config={ROOT / 'experiments/vqgan3d_stft.yaml'}"]), gpus=1)
+    assert plan.tokens == 4 * 8 * 2
+    assert sum(plan.parts.values()) == 37_461_187
