@@ -200,7 +200,8 @@ class VQGAN3D(nn.Module):
                 yield frames
 
     def _passes_in_pieces(self, network: VideoNetwork, frames: int) -> bool:
-        return not self.training and frames > self.piece_frames and network.whole_clip_reason() is None
+        longest = self.piece_frames + network.is_causal  # one frame more, which stands alone, is no reason for pieces
+        return not self.training and frames > longest and network.whole_clip_reason() is None
 
     def _refuse_pieces(self, network: VideoNetwork, method: str) -> None:
         reason = network.whole_clip_reason()
