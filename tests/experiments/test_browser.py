@@ -1,5 +1,6 @@
 """What a person sees: TensorBoard and the report, opened in headless Chromium."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +49,12 @@ def open_page(tmp_path: Path) -> Open:
     return command
 
 
+def tags_of(address: str) -> dict[str, Any]:
+    """The images of all runs that TensorBoard has read by now."""
+    with urllib.request.urlopen(f"{address}data/plugin/images/tags") as answer:
+        return {run: tags for run, tags in json.load(answer).items() if tags}
+
+
 @pytest.fixture(scope="module")
 def tensorboard(mebt_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """TensorBoard over one run, at a free port: its address."""
@@ -57,6 +65,10 @@ def tensorboard(mebt_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             deadline = time.monotonic() + 180
             while (found := re.search(r"http://localhost:\d+/", log.read_text())) is None:
                 assert server.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            # it serves pages before it has read the run, and a page asks again only after half a minute
+            while not tags_of(found.group()):
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
             yield found.group()

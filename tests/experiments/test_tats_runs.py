@@ -21,6 +21,7 @@ from datamodules.shapes import MovingShapes
 from experiments.cli import ROOT, main
 from lightning_modules import TATSModule, VQGAN3DModule
 from lightning_modules.tats import TATSCondition
+from models.optim import Muon
 from models.random import keyed_generator
 from models.weights import build, save_bundle
 
@@ -92,14 +93,19 @@ def stft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The loss of each step from now on."""
     values: list[float] = []
-    step = torch.optim.AdamW.step
 
-    def counted(self: torch.optim.AdamW, closure):
-        loss = step(self, closure)
-        values.append(float(loss))
-        return loss
+    def count(optimizer: type[torch.optim.Optimizer]) -> None:
+        step = optimizer.step
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+        def counted(self, closure):
+            loss = step(self, closure)
+            values.append(float(loss))
+            return loss
+
+        monkeypatch.setattr(optimizer, "step", counted)
+
+    count(torch.optim.AdamW)
+    count(Muon)
     return values
 
 
