@@ -65,8 +65,8 @@ def read_clip(
             "give a video whose shorter side is at least that long (--input)."
         )
     frames = read_frames(path, start, min(available, num_frames), frame_stride, video.key_frames)
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()  # [T, 3, h, w]
-    return _square(pixels, resolution, "bilinear").movedim(0, 1).div_(127.5).sub_(1).clamp_(-1, 1)
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, h, w], whole numbers as in training
+    return _square(pixels, resolution, "bilinear").movedim(0, 1).float().div_(127.5).sub_(1).clamp_(-1, 1)
 
 
 def read_mask(path: str | Path, like: str | Path, num_frames: int, resolution: int, start: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from numbered_video import read_number
 from PIL import Image
 from torch import Tensor
 
+from datamodules.clip_file import read_clip
 from datamodules.decoding import UnreadableVideoError, VideoInfo, probe, read_frames
 from datamodules.listing import Video, indexed_videos
 from datamodules.sampler import ClipRequest
@@ -120,6 +121,10 @@ class TestPixels:
         assert torch.allclose(shown, shown.round(), atol=1e-4)
         difference = (shown - torch.from_numpy(resized[:, 6:38].copy())).abs()
         assert difference.max() < 1.01  # the last bits of the weights differ
+
+    def test_a_user_s_own_clip_has_the_pixels_of_a_training_clip(self, short_video: Video) -> None:
+        trained = clips([short_video], num_frames=6, resolution=48)[ClipRequest(0)]["video"]
+        assert torch.equal(read_clip(short_video.path, num_frames=6, resolution=48), trained)
 
     def test_without_antialiasing_it_is_resized_in_floating_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
         image = np.random.default_rng(0).integers(0, 256, (96, 131, 3), dtype=np.uint8)
