@@ -253,7 +253,7 @@ class FrameCacheDataModule(VideoDataModule):
     @property
     def lossy(self) -> bool:
         """Whether the frames went through JPEG: then they are no real set for a metric."""
-        return bool(read_header(self.root, ["frames"], COMMAND)["lossy"])
+        return bool(read_header(self.root, "frames", COMMAND)["lossy"])
 
     def make_dataset(self, split: Split) -> VideoClips:
         """Return the clips of a split.
@@ -262,7 +262,7 @@ class FrameCacheDataModule(VideoDataModule):
             FileNotFoundError: if there is no complete cache.
             ValueError: if it holds something else, or another size.
         """
-        cached = read_header(self.root, ["frames"], COMMAND)["resolution"]
+        cached = read_header(self.root, "frames", COMMAND)["resolution"]
         if cached != self.resolution:
             raise ValueError(
                 f"{self.root} holds frames of resolution={cached}, not {self.resolution} (--data.resolution)."

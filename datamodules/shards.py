@@ -66,12 +66,12 @@ def begin(folder: Path, header: dict[str, Any]) -> None:
         )
 
 
-def read_header(folder: Path, kinds: Sequence[str], command: str) -> dict[str, Any]:
+def read_header(folder: Path, kind: str, command: str) -> dict[str, Any]:
     """Return the header of a complete cache.
 
     Args:
         folder: the cache.
-        kinds: what it may hold.
+        kind: what it must hold: `tokens` or `frames`.
         command: what makes such a cache, for errors.
 
     Raises:
@@ -80,12 +80,12 @@ def read_header(folder: Path, kinds: Sequence[str], command: str) -> dict[str, A
     """
     file = folder / "cache.json"
     if not file.is_file():
-        raise FileNotFoundError(f"No {kinds[0]} at {file} (--data.root). Make them: {command} --out {folder}")
+        raise FileNotFoundError(f"No {kind} at {file} (--data.root). Make them: {command} --out {folder}")
     header: dict[str, Any] = json.loads(file.read_text())
-    if header.get("format_version") != FORMAT_VERSION or header.get("kind") not in kinds:
+    if header.get("format_version") != FORMAT_VERSION or header.get("kind") != kind:
         raise ValueError(
             f"{folder} (--data.root) holds {header.get('kind')} in format {header.get('format_version')}, but "
-            f"{' or '.join(kinds)} in format {FORMAT_VERSION} are needed. Make them: {command} --out FOLDER"
+            f"{kind} in format {FORMAT_VERSION} are needed. Make them: {command} --out FOLDER"
         )
     if unfinished := _unfinished(folder):
         raise FileNotFoundError(

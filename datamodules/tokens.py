@@ -2,8 +2,9 @@
 
 `shards.py` says how a cache lies on disk. An item holds one clip:
 
-    codes      `[t, h, w]` in the smallest integer type that holds the codebook; or
-    latents    `[D, t, h, w]`, float32, or bfloat16 as the uint16 of the same bits (numpy knows no bfloat16)
+    codes      `[t, h, w]` in the smallest integer type that holds the codebook, unless the tokenizer has none
+    latents    `[D, t, h, w]`, if they are kept: float32, or bfloat16 as the uint16 of the same bits (numpy knows no
+               bfloat16); of a tokenizer with codes, what it rounds to them
     task/...   the codes of a task's condition (COMMIT's padded video), `[t, h, w]`, for each task that the header names
     label      class
     index      which sample of the data module it shows
@@ -49,7 +50,7 @@ class TokenOptions:
         window_stride: Frames of the video from one window of `cover` to the next; None for a clip's length.
         copies: Copies of the training clips, each with its own random place, crop and flip.
         shard_items: Clips of a shard: what is lost at most when the command is killed.
-        latents: Keep latents in this type instead of codes.
+        latents: Keep latents in this type; besides codes, if the tokenizer has some.
         tasks: Tasks whose condition's codes are kept beside those of the clip, and the settings that each depends on.
     """
 
@@ -120,16 +121,17 @@ class TokenWriter:
                 "--data.horizontal_flip. Leave it at 1 (--copies)."
             )
         self.data = data
-        self.grid = "codes" if options.latents is None else "latents"
         size = about["codebook_size"]  # None for continuous latents
-        kept = codes_type(size) if options.latents is None else {"bf16": "bfloat16", "fp32": "float32"}[options.latents]
-        self.fields = {self.grid: kept} | {f"task/{task}": codes_type(size) for task in options.tasks}
+        self.fields: dict[str, str] = {} if size is None else {"codes": codes_type(size)}
+        if options.latents is not None:
+            self.fields["latents"] = {"bf16": "bfloat16", "fp32": "float32"}[options.latents]
+        self.fields |= {f"task/{task}": codes_type(size) for task in options.tasks}
         copies = {"train": options.copies, "val": 1}
         self.clips = {split: _Clips(dataset, copies[split]) for split, dataset in datasets.items()}
         self.folder = folder
         self.header = {
             "format_version": FORMAT_VERSION,
-            "kind": self.grid,
+            "kind": "tokens",
             **about,
             **provenance(data, datasets),
             "fields": self.fields,
@@ -186,7 +188,7 @@ class TokenWriter:
         Raises:
             RuntimeError: If shards are missing.
         """
-        if self.grid == "latents":  # before the indices, which make the cache complete
+        if "latents" in self.fields:  # before the indices, which make the cache complete
             train = self.plans["train"]
             statistics = _channel_statistics(ShardReader(train.folder, train.index()), self.fields["latents"])
             write_json(self.folder / "statistics.json", statistics)
@@ -255,22 +257,22 @@ class CachedTokens(Dataset[dict[str, Any]]):
         root: Folder of the cache.
         split: Which of its splits.
         header: Of the cache.
-        tasks: Whose conditions' codes come with each clip.
+        grids: Which of its fields come with each clip.
     """
 
-    def __init__(self, root: Path, split: Split, header: dict[str, Any], tasks: Iterable[str] = ()) -> None:
+    def __init__(self, root: Path, split: Split, header: dict[str, Any], grids: Iterable[str]) -> None:
         self.reader = ShardReader(root / split)
         self.samples: int = header["samples"][split]
         self.copies: int = header["copies"][split]
         self.frames_per_latent: int = header["downsample"][0]
         self.fields: dict[str, str] = header["fields"]
-        self.grids = [header["kind"], *(f"task/{task}" for task in tasks)]
+        self.grids = list(grids)
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        """Return `codes` `[t', h, w]` or `latents` `[D, t', h, w]`, and `task/...`, of the clip or of its window.
+        """Return `codes` `[t', h, w]`, `latents` `[D, t', h, w]` and `task/...`, of the clip or of its window.
 
         Raises:
             ValueError: If the file is damaged.
@@ -306,8 +308,11 @@ def read_codes(folder: Path, split: Split) -> tuple[dict[str, Tensor], dict[str,
         FileNotFoundError: If there is no complete cache.
         ValueError: If it does not hold codes.
     """
-    header = read_header(folder, ["codes"], COMMAND)
-    clips = CachedTokens(folder, split, header, header["tasks"])
+    header = read_header(folder, "tokens", COMMAND)
+    if "codes" not in header["fields"]:
+        raise ValueError(f"{folder} holds latents alone, and codes are needed. Make them: {COMMAND} --out FOLDER")
+    grids = [name for name in header["fields"] if name != "latents"]
+    clips = CachedTokens(folder, split, header, grids)
     copies = header["copies"][split]
     return collate_clips([clips[ClipRequest(i, epoch)] for epoch in range(copies) for i in range(len(clips))]), header
 
@@ -315,9 +320,9 @@ def read_codes(folder: Path, split: Split) -> tuple[dict[str, Tensor], dict[str,
 class TokenDataModule(VideoDataModule):
     """Cached codes or latents instead of pixels: `longtake tokenize` makes them, any prior trains from them.
 
-    Batches hold `codes` int64 `[B, t, h, w]` or `latents` float32 `[B, D, t, h, w]` instead of `video`, and for each
-    task that the model needs (by default, each that the cache has) its condition's codes, `task/<name>` int64
-    `[B, t, h, w]`.
+    Batches hold, instead of `video`, what the model needs (by default, all that the cache has): `codes` int64
+    `[B, t, h, w]`, or `latents` float32 `[B, D, t, h, w]`, and for each of its tasks the condition's codes,
+    `task/<name>` int64 `[B, t, h, w]`.
 
     Args:
         root: Folder of the cache.
@@ -329,7 +334,7 @@ class TokenDataModule(VideoDataModule):
         seed: Key of the data order.
 
     Raises:
-        ValueError: If the cache was made for other clips, with another tokenizer or without a task that is needed.
+        ValueError: If the cache was made for other clips, with another tokenizer or without what is needed.
     """
 
     def __init__(
@@ -353,30 +358,39 @@ class TokenDataModule(VideoDataModule):
         self.save_hyperparameters(logger=False)
         self.root = Path(root)
         self.tokenizer_digest: str | None = None
+        self.grid: Literal["codes", "latents"] | None = None
         self.tasks: Mapping[str, Mapping[str, Any]] | None = None
 
-    def require(self, tokenizer_digest: str, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    def require(
+        self, tokenizer_digest: str, grid: Literal["codes", "latents"], tasks: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         """Say what the model needs: a cache that lacks it is refused.
 
         Args:
             tokenizer_digest: Of the tokenizer that the model decodes with.
+            grid: What it is trained on.
             tasks: Tasks whose conditions' codes it needs, and the settings that each depends on.
         """
         self.tokenizer_digest = tokenizer_digest
+        self.grid = grid
         self.tasks = tasks
 
     def make_dataset(self, split: Split) -> CachedTokens:
         """Open a split of the cache."""
-        header = read_header(self.root, ["codes", "latents"], COMMAND)
+        header = read_header(self.root, "tokens", COMMAND)
         for name, value in (("num_frames", self.num_frames), ("resolution", self.resolution)):
             if header[name] != value:
-                raise ValueError(
-                    f"{self.root} holds {header['kind']} for {name}={header[name]}, not {value} (--data.{name})."
-                )
+                raise ValueError(f"{self.root} holds tokens for {name}={header[name]}, not {value} (--data.{name}).")
         if self.tokenizer_digest not in (None, header["tokenizer_digest"]):
             raise ValueError(
                 f"{self.root} was made by tokenizer {header['tokenizer_digest'][:12]}, the model uses "
                 f"{str(self.tokenizer_digest)[:12]}. Tokenize again, or give that tokenizer (--model.tokenizer)."
+            )
+        grids = [name for name in ("codes", "latents") if name in header["fields"] and self.grid in (None, name)]
+        if not grids:
+            latents = " --latents=bf16" if self.grid == "latents" else ""
+            raise ValueError(
+                f"{self.root} holds no {self.grid}, which the model is trained on. Tokenize again: {COMMAND}{latents}"
             )
         found = header["tasks"]
         tasks = found if self.tasks is None else self.tasks
@@ -393,14 +407,12 @@ class TokenDataModule(VideoDataModule):
                 f"{self.root} holds conditions that were made with other settings than the model's: "
                 f"{'; '.join(differing)}. Tokenize again, or give those (--model.past_frames)."
             )
-        return CachedTokens(self.root, split, header, tasks)
+        return CachedTokens(self.root, split, header, [*grids, *(f"task/{task}" for task in tasks)])
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation `[D]` of each channel of the training latents, float32.
 
-        Raises:
-            ValueError: If the cache holds codes.
+        Only of a cache that holds latents.
         """
-        read_header(self.root, ["latents"], COMMAND + " --latents=bf16")
         statistics = json.loads((self.root / "statistics.json").read_text())
         return torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])

@@ -651,10 +651,12 @@ def protocol_data(protocol: Protocol, experiment: VideoDataModule | None, root: 
 
 
 def generated_frames(model: Any, frames: int) -> int:
-    """Frames to generate so that there are `frames`: more for a model that makes 1 + 4k of them."""
-    if not hasattr(model, "new_frames"):
+    """Frames to generate so that there are `frames`: more for a model that makes whole latent frames of them."""
+    if not hasattr(model, "causal"):  # a tokenizer makes what it is given
         return frames
-    first, more = model.num_frames, model.new_frames
+    first, more = int(model.causal), model.downsample[0]
+    if hasattr(model, "new_frames"):  # W.A.L.T makes a clip, and then some frames at a time
+        first, more = model.num_frames, model.new_frames
     return first + max(0, math.ceil((frames - first) / more)) * more
 
 

@@ -272,7 +272,11 @@ class LongtakeCLI(LightningCLI):
         if isinstance(self.model, VideoGenerator):
             self.model.load_tokenizer()
             if isinstance(self.datamodule, TokenDataModule):
-                self.datamodule.require(self.model.tokenizer_digest, self.model.conditions())
+                self.datamodule.require(
+                    self.model.tokenizer_digest,
+                    "latents" if self.model.codebook_size is None else "codes",
+                    self.model.conditions(),
+                )
         if self.subcommand == "fit" and isinstance(self.datamodule, MixedDataModule):
             self.datamodule.require_model(self.model)  # before any data is prepared
         curriculum = self._get(self.config_init, "curriculum")

@@ -292,7 +292,8 @@ class LongtakeTrainer(Trainer):
             window_stride: Frames of the video from one window of `cover` to the next; null for a clip's length.
             copies: Copies of the training clips, each with a random place, crop and flip of its own, as the first
                 epochs would show them.
-            latents: Keep latents in this type instead of codes, with the statistics of their channels.
+            latents: Keep latents in this type, with the statistics of their channels: of a tokenizer with finite scalar
+                codes, what it rounds, beside the codes.
             tasks: For a model with tasks, those of which the codes of the condition are kept, too; null keeps those of
                 all tasks that the model trains, [] none.
             shard_items: Clips of a shard: what is lost at most when the command is killed.
@@ -320,10 +321,15 @@ class LongtakeTrainer(Trainer):
             "downsample": model.downsample,
         }
 
+        encoder = tokenizer if options.latents is None else tokenizer.unrounded()
+
         def encode(video: torch.Tensor) -> dict[str, torch.Tensor]:
             video = video.to(self.strategy.root_device)
-            encoded = tokenizer.encode(video)
-            grids = {"codes": encoded.codes} if options.latents is None else {"latents": encoded.latents}
+            encoded = encoder.encode(video)
+            grids = {} if options.latents is None else {"latents": encoded.latents}
+            if tokenizer.codebook_size is not None:
+                # what is rounded has no codes itself, but those of the nearest levels
+                grids["codes"] = tokenizer.latents_to_codes(encoded.latents) if options.latents else encoded.codes
             conditions = {task: model.condition_codes({"video": video}, task, len(video)) for task in options.tasks}
             return grids | {
                 f"task/{task}": codes.unflatten(1, model.latent_shape) for task, codes in conditions.items()

@@ -92,7 +92,7 @@ class VideoGenerator(LightningModule):
     network: Any  # the paper's transformer; its `decayed_parameters()` are those under weight decay
     num_classes = 0  # of the labels in batches; 0 for a model that reads none
     reads_text = False  # whether batches must hold `text`, and a prompt can be given
-    num_classes = 0  # that samples can be asked to be of
+    unrounded = False  # whether the tokenizer's latents are taken before finite scalar quantisation rounds them
 
     def __init__(
         self,
@@ -129,6 +129,7 @@ class VideoGenerator(LightningModule):
                 )
         self.tokenizer_path = tokenizer
         self.num_frames = num_frames
+        self.causal = causal
         self.downsample = (downsample[0], downsample[1], downsample[2])
         self.codebook_size = codebook_size
         self.latent_shape = (
@@ -144,6 +145,24 @@ class VideoGenerator(LightningModule):
     def latent_frames(self, num_frames: int) -> int:
         """Latent frames of so many pixel frames; rounded up, since a causal tokenizer has 1 + k of 1 + 4k frames."""
         return -(-num_frames // self.downsample[0])
+
+    def generated_latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a video that a model of codes is asked for.
+
+        Raises:
+            ValueError: If the tokenizer has no such videos, or the codes of one as long as that would be unknown.
+        """
+        factor = self.downsample[0]
+        if self.causal and (num_frames % factor != 1 % factor or not 0 < num_frames <= self.num_frames):
+            raise ValueError(
+                f"num_frames={num_frames} cannot be generated: on a causal tokenizer, whose codes depend on where in a "
+                f"clip they are, this model makes 1 + {factor}k frames, {self.num_frames} at most (--num_frames)."
+            )
+        if not self.causal and (num_frames % factor or num_frames < 1):
+            raise ValueError(
+                f"num_frames={num_frames} cannot be generated: this model makes multiples of {factor} (--num_frames)."
+            )
+        return self.latent_frames(num_frames)
 
     def load_tokenizer(self) -> None:
         """Load the frozen tokenizer, once: a step of its own, so that a model can be built and counted without one.
@@ -162,10 +181,13 @@ class VideoGenerator(LightningModule):
                 f"  longtake export runs/<experiment>/version_0/checkpoints/last.ckpt {path}"
             )
         tokenizer = load_tokenizer(path)
+        if self.unrounded:
+            tokenizer = tokenizer.unrounded()
         if self.codebook_size is None and tokenizer.codebook_size is not None:
             raise ValueError(
                 f"The tokenizer at {path} is not continuous: it has {tokenizer.codebook_size} codes, and this model "
-                "denoises real-valued latents. Give a tokenizer without a codebook (--model.tokenizer)."
+                "denoises real-valued latents. Give a tokenizer without a codebook (--model.tokenizer), or, if its "
+                "codes are finite scalars, take what it rounds to them (--model.unrounded=true)."
             )
         theirs = (tuple(tokenizer.downsample), tokenizer.codebook_size)
         if theirs != (self.downsample, self.codebook_size):

@@ -351,7 +351,7 @@ class MeBTModule(VideoGenerator):
         what is there, and fills the rest. The last window takes more of them, so that it is as long as the others.
 
         Args:
-            num_frames: Pixel frames, a multiple of the tokenizer's factor.
+            num_frames: Pixel frames, a multiple of the tokenizer's factor; a clip's at most on a causal one.
             seeds: `[B]` int64; sample i depends on seed i alone.
             sampling: Settings; None takes the module's.
             label: `[B]` classes, for a model that has some.
@@ -362,11 +362,7 @@ class MeBTModule(VideoGenerator):
         """
         sampling = sampling or self.sampling
         (longest, h, w), factor = self.latent_shape, self.downsample[0]
-        total = num_frames // factor
-        if num_frames % factor or total < 1:
-            raise ValueError(
-                f"num_frames={num_frames} cannot be generated: this model makes multiples of {factor} (--num_frames)."
-            )
+        total = self.generated_latent_frames(num_frames)
         codes = torch.zeros(len(seeds), 0, h, w, dtype=torch.long, device=self.device) if past is None else past
         if past is not None and (len(past) != len(seeds) or past.shape[2:] != (h, w) or past.shape[1] >= total):
             raise ValueError(
@@ -408,8 +404,14 @@ class MeBTModule(VideoGenerator):
             Codes `[B, t', h, w]`, and which of them to keep `[t', h, w]`.
 
         Raises:
-            ValueError: If the given frames are no latent frames, or leave nothing to generate.
+            ValueError: If the given frames are no latent frames, or leave nothing to generate; if the tokenizer is
+                causal.
         """
+        if self.causal:
+            raise ValueError(
+                f"The task {task} needs a time-agnostic tokenizer: codes of a causal one depend on all frames before "
+                "them. What begins a video can be given without a task: Condition(video=...)."
+            )
         factor, frames = self.downsample[0], video.shape[2]
         keep = torch.zeros(frames // factor, *self.latent_shape[1:], dtype=torch.bool, device=self.device)
         if task not in ("frame_prediction", "frame_interpolation"):

@@ -396,12 +396,7 @@ class TATSModule(VideoGenerator):
     ) -> Tensor:
         """Generate code maps `[B, t, h, w]`; the arguments are those of `generate`."""
         sampling = sampling or self.sampling
-        frames = num_frames // self.downsample[0]
-        if num_frames % self.downsample[0] or frames < 1:
-            raise ValueError(
-                f"num_frames={num_frames} cannot be generated: this model makes multiples of {self.downsample[0]} "
-                "(--num_frames)."
-            )
+        frames = self.generated_latent_frames(num_frames)
         if self.network.attention_mask is not None:
             raise ValueError(
                 "This model fills frames between key frames: generate with the key frames' model and name this one's "
@@ -510,7 +505,8 @@ class TATSModule(VideoGenerator):
 
         Args:
             condition: `label` `[B]` for a model with classes; a `TATSCondition` for one with text or sound.
-            num_frames: Pixel frames, a multiple of the tokenizer's factor; there is no longest, but with sound.
+            num_frames: Pixel frames, a multiple of the tokenizer's factor; there is no longest, but with sound and on a
+                causal tokenizer.
             seeds: `[B]` int64; sample i depends on seed i alone.
             sampling: Sampling settings; None takes the module's.
 

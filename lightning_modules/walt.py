@@ -78,6 +78,8 @@ class WALTModule(VideoGenerator):
         width: Width of the video, where it is another one than the height; the data has to give it too.
         downsample: Pixel frames, rows and columns that one latent covers.
         latent_dim: Channels of the tokenizer's latents.
+        unrounded: Whether the tokenizer is one of finite scalar codes, whose latents are taken before they are rounded
+            (our choice): one tokenizer for W.A.L.T and for models of codes.
         num_classes: Classes; 0 trains without labels.
         text: Encoder of the batches' `text`: `t5` as in the paper, frozen, with the optional extra `text`; `bytes` is
             small and trained along; null trains without text.
@@ -144,6 +146,7 @@ class WALTModule(VideoGenerator):
         width: int | None = None,
         downsample: tuple[int, int, int] = (4, 8, 8),
         latent_dim: int = 8,
+        unrounded: bool = False,
         num_classes: int = 0,
         text: Literal["t5", "bytes"] | None = None,
         text_dim: int = 2048,
@@ -195,6 +198,7 @@ class WALTModule(VideoGenerator):
                 raise ValueError(f"width={width} is no multiple of the tokenizer's {downsample[2]} (--model.width).")
             self.latent_shape = (*self.latent_shape[:2], width // downsample[2])
         self.latent_dim = latent_dim
+        self.unrounded = unrounded
         self.num_classes = num_classes
         self.class_conditional = num_classes > 0
         self.reads_text = text is not None

@@ -164,7 +164,7 @@ class Bench:
         from experiments.lightning_cli import run
 
         try:
-            read_header(folder, ["codes"], COMMAND)
+            read_header(folder, "tokens", COMMAND)
         except FileNotFoundError:
             run(["tokenize", *self.experiment("demo_commit"), *self._pixels(), *flags, f"--out={folder}"])
 

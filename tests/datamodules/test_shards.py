@@ -136,7 +136,7 @@ def test_a_shard_beyond_the_formats_limit_is_refused(tmp_path: Path) -> None:
         ShardPlan(tmp_path, 1, 1).write(0, [{"grid": huge}])
 
 
-HEADER = {"format_version": FORMAT_VERSION, "kind": "codes", "shape": (4, 8), "seed": 3}
+HEADER = {"format_version": FORMAT_VERSION, "kind": "tokens", "shape": (4, 8), "seed": 3}
 
 
 class TestHeader:
@@ -157,15 +157,15 @@ class TestHeader:
         assert (tmp_path / "cache.json").is_file()
 
     @pytest.mark.parametrize(
-        ("changes", "kinds", "words"),
+        ("changes", "kind", "words"),
         [
-            ({}, ["frames"], "holds codes in format 1, but frames in format 1 are needed"),
-            ({"format_version": 9}, ["codes", "latents"], "holds codes in format 9, but codes or latents in format 1"),
+            ({}, "frames", "holds tokens in format 1, but frames in format 1 are needed"),
+            ({"format_version": 9}, "tokens", "holds tokens in format 9, but tokens in format 1"),
         ],
     )
     def test_another_kind_or_format_is_refused(
-        self, tmp_path: Path, changes: dict[str, Any], kinds: list[str], words: str
+        self, tmp_path: Path, changes: dict[str, Any], kind: str, words: str
     ) -> None:
         begin(tmp_path / "cache", HEADER | changes)
         with pytest.raises(ValueError, match=words):
-            read_header(tmp_path / "cache", kinds, "longtake tokenize")
+            read_header(tmp_path / "cache", kind, "longtake tokenize")

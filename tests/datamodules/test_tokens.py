@@ -128,7 +128,7 @@ def test_the_header_says_what_made_the_cache(cache: Path) -> None:
     assert not transform.keys() & {"root", "batch_size", "num_workers"}
     assert header == {
         "format_version": 1,
-        "kind": "codes",
+        "kind": "tokens",
         "tokenizer_digest": "abc",
         "codebook_size": 1000,
         "downsample": [4, 8, 8],
@@ -178,7 +178,7 @@ def test_codes_take_as_few_bytes_as_the_codebook_allows(tmp_path: Path, codebook
 @pytest.mark.parametrize(("kind", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_latents_come_back_with_the_statistics_of_their_channels(tmp_path: Path, kind: Any, dtype: torch.dtype) -> None:
     pixels = moving_shapes()
-    data = opened(write(tmp_path / "latents", pixels, as_latents, latents=kind))
+    data = opened(write(tmp_path / "latents", pixels, as_latents, ABOUT | {"codebook_size": None}, latents=kind))
     clips = [data.datasets["train"][ClipRequest(index)]["latents"] for index in range(7)]
     written = torch.cat([as_latents(batch["video"])["latents"] for batch in pixels.ordered_dataloader("train")])
     assert clips[0].dtype == torch.float32
@@ -189,9 +189,34 @@ def test_latents_come_back_with_the_statistics_of_their_channels(tmp_path: Path,
     torch.testing.assert_close(std.double(), columns.std(dim=1, correction=0))
 
 
-def test_codes_have_no_statistics(cache: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds codes in format 1, but latents in format 1 are needed.*--latents"):
-        opened(cache).latent_statistics()
+def test_codes_and_latents_of_one_cache_go_to_the_models_that_need_them(tmp_path: Path) -> None:
+    def both(video: Tensor) -> dict[str, Tensor]:
+        return as_codes(video) | as_latents(video)
+
+    folder = write(tmp_path / "tokens", moving_shapes(), both, latents="fp32")
+    assert opened(folder).datasets["train"][ClipRequest(0)].keys() == {"label", "index", "codes", "latents"}
+    codes = read_codes(folder, "train")[0]["codes"]
+    for grid, other in (("codes", "latents"), ("latents", "codes")):
+        data = TokenDataModule(str(folder), num_frames=16, resolution=32)
+        data.require("abc", grid, {})  # type: ignore[arg-type] # mypy takes the words for any
+        data.setup("fit")
+        clip = data.datasets["train"][ClipRequest(3)]
+        assert other not in clip
+        assert torch.equal(clip.get("codes", (clip[grid][0] * 1000).round().long()), codes[3])
+
+
+def test_a_cache_without_what_the_model_is_trained_on_is_refused(cache: Path, tmp_path: Path) -> None:
+    data = TokenDataModule(str(cache), num_frames=16, resolution=32)
+    data.require("abc", "latents", {})
+    with pytest.raises(ValueError, match=r"holds no latents, which the model is trained on.*--latents=bf16"):
+        data.setup("fit")
+    folder = write(tmp_path / "real", moving_shapes(), as_latents, ABOUT | {"codebook_size": None}, latents="bf16")
+    data = TokenDataModule(str(folder), num_frames=16, resolution=32)
+    data.require("abc", "codes", {})
+    with pytest.raises(ValueError, match=r"holds no codes, which the model is trained on.*longtake tokenize"):
+        data.setup("fit")
+    with pytest.raises(ValueError, match=r"holds latents alone, and codes are needed.*longtake tokenize"):
+        read_codes(folder, "train")
 
 
 def test_an_item_tells_its_video_and_where_in_it_it_begins(tmp_path: Path) -> None:
@@ -279,7 +304,7 @@ def test_the_condition_codes_of_the_tasks_that_a_model_needs_come_along(tmp_path
 
     def required(folder: Path, **needed: Any) -> dict[str, Any]:
         data = TokenDataModule(str(folder), num_frames=16, resolution=32)
-        data.require("abc", needed)
+        data.require("abc", "codes", needed)
         data.setup()
         return data.datasets["train"][ClipRequest(1, window_start=4, window_frames=8)]
 
@@ -296,7 +321,7 @@ def test_the_condition_codes_of_the_tasks_that_a_model_needs_come_along(tmp_path
 
 def test_a_cache_without_tasks_says_so(cache: Path) -> None:
     data = TokenDataModule(str(cache), num_frames=16, resolution=32)
-    data.require("abc", {"inward": {}})
+    data.require("abc", "codes", {"inward": {}})
     with pytest.raises(ValueError, match=r"no condition codes of inward.* its tasks: none"):
         data.setup()
 
@@ -484,8 +509,8 @@ def test_a_damaged_file_is_named_when_the_clip_is_read(cache: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_frames": 32}, r"holds codes for num_frames=16, not 32 \(--data.num_frames\)"),
-        ({"resolution": 64}, r"holds codes for resolution=32, not 64 \(--data.resolution\)"),
+        ({"num_frames": 32}, r"holds tokens for num_frames=16, not 32 \(--data.num_frames\)"),
+        ({"resolution": 64}, r"holds tokens for resolution=32, not 64 \(--data.resolution\)"),
     ],
 )
 def test_codes_of_other_clips_are_refused(cache: Path, changes: dict[str, int], message: str) -> None:
@@ -495,13 +520,13 @@ def test_codes_of_other_clips_are_refused(cache: Path, changes: dict[str, int], 
 
 def test_codes_of_another_tokenizer_are_refused(cache: Path) -> None:
     data = TokenDataModule(str(cache), num_frames=16, resolution=32)
-    data.require("xyz", {})
+    data.require("xyz", "codes", {})
     with pytest.raises(ValueError, match=r"made by tokenizer abc, the model uses xyz.*--model.tokenizer"):
         data.setup("validate")
 
 
 def test_codes_of_the_models_tokenizer_are_taken(cache: Path) -> None:
     data = TokenDataModule(str(cache), num_frames=16, resolution=32)
-    data.require("abc", {})
+    data.require("abc", "codes", {})
     data.setup("fit")
     assert len(data.datasets["train"]) == 7

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -363,12 +364,14 @@ def test_even_labels_are_even() -> None:
     assert labels != sorted(labels)
 
 
-def test_a_causal_model_makes_more_frames_than_are_scored() -> None:
-    class Causal:
-        num_frames, new_frames = 17, 12
-
-    assert [generated_frames(Causal(), frames) for frames in (16, 17, 18, 64, 128)] == [17, 17, 29, 65, 137]
-    assert generated_frames(object(), 64) == 64
+def test_a_model_of_whole_latent_frames_makes_more_frames_than_are_scored() -> None:
+    diffusion = SimpleNamespace(causal=True, downsample=(4, 8, 8), num_frames=17, new_frames=12)
+    assert [generated_frames(diffusion, frames) for frames in (16, 17, 18, 64, 128)] == [17, 17, 29, 65, 137]
+    causal = SimpleNamespace(causal=True, downsample=(4, 8, 8))
+    assert [generated_frames(causal, frames) for frames in (1, 16, 17, 18)] == [1, 17, 17, 21]
+    agnostic = SimpleNamespace(causal=False, downsample=(4, 8, 8))
+    assert [generated_frames(agnostic, frames) for frames in (16, 17)] == [16, 20]
+    assert generated_frames(SimpleNamespace(), 63) == 63
 
 
 def test_inception_score_of_videos_is_left_out_with_a_note() -> None:

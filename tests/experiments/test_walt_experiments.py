@@ -1,5 +1,6 @@
 """W.A.L.T's experiments: published sizes, a falling loss at toy size, and the commands on a run of theirs."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_experiments import EVERY_RUN, read_video, write_experiment
+from tiny_experiments import EVERY_RUN, MEBT_MODULE, TOKENIZER, read_video, write_experiment
 
+from datamodules import TokenDataModule
+from datamodules.tokens import read_codes
 from experiments.cli import ROOT, main
 from lightning_modules import WALTModule
+from models.weights import build, load_tokenizer, save_bundle
 
 FILES = {file.stem: file for file in sorted((ROOT / "experiments").glob("*walt*.yaml")) if "vqgan" not in file.stem}
 FILES = {name: file for name, file in FILES.items() if "tokenizer" not in name}
@@ -228,6 +232,56 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_samples_follow_from_thei
     about = json.loads((walt / "all/samples.json").read_text())
     assert about["sampling"]["num_steps"] == 2
     assert about["seeds"] == [5, 6, 7]
+
+
+def test_one_tokenizer_and_one_cache_serve_models_of_codes_and_of_what_is_rounded_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = {
+        "encoder": {"time_placement": "causal", "base_channels": 4},
+        "decoder": {"time_placement": "causal", "base_channels": 4},
+        "quantizer": {"levels": [5, 5, 5]},
+    }
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer["init_args"]["quantizer"]["class_path"] = "models.tokenizers.FiniteScalarQuantizer"
+    tokenizer["init_args"]["quantizer"]["init_args"] = {}
+    for part, arguments in parts.items():
+        tokenizer["init_args"][part]["init_args"] |= arguments
+    save_bundle(tmp_path / "tokenizer", build(tokenizer).eval(), tokenizer, {"source": "a test"})
+    data = {**EVERY_RUN["data"], "init_args": {**EVERY_RUN["data"]["init_args"], "num_frames": 9}}
+    mebt = {**MEBT_MODULE["init_args"], "codebook_size": 125, "tokenizer": "tokenizer"}
+    walt = {**TOY_MODEL, "tokenizer": "tokenizer", "latent_dim": 3, "unrounded": True}
+    for name, arguments in (("MeBT", mebt), ("WALT", walt)):
+        model = {"class_path": f"{name}Module", "init_args": arguments}
+        write_experiment(tmp_path / f"{name}.yaml", EVERY_RUN, data=data, model=model)
+    main(["tokenize", "--config=MeBT.yaml", "--out=tokens", "--latents=fp32"])
+    for name in ("MeBT", "WALT"):
+        main(["fit", f"--config={name}.yaml", "--data=TokenDataModule", "--data.root=tokens"])
+    checkpoint = Path("runs/WALT/version_0/checkpoints/last.ckpt")
+    main(["sample", "--config=WALT.yaml", f"--ckpt_path={checkpoint}", "--num_samples=2", "--out=samples"])
+    assert read_video(Path("samples/seed=000000.mp4")).shape == (9, 32, 32, 3)
+
+    codes, _ = read_codes(Path("tokens"), "train")
+    cached = TokenDataModule("tokens", num_frames=9, resolution=32, batch_size=8)
+    cached.setup("fit")
+    latents = next(iter(cached.ordered_dataloader("train")))["latents"]
+    frozen = load_tokenizer(Path("tokenizer"))
+    assert torch.equal(frozen.latents_to_codes(latents), codes["codes"])
+    assert not torch.equal(frozen.codes_to_latents(codes["codes"]), latents)
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    torch.testing.assert_close(state["latent_mean"], latents.mean(dim=(0, 2, 3, 4)))
+
+    with pytest.raises(ValueError, match=r"is not continuous: it has 125 codes.*--model.unrounded=true"):
+        main(["fit", "--config=WALT.yaml", "--model.unrounded=false"])
+
+    mebt = ["sample", "--config=MeBT.yaml", "--ckpt_path=runs/MeBT/version_0/checkpoints/last.ckpt", "--out=more"]
+    with pytest.raises(ValueError, match=r"num_frames=13 cannot be generated: on a causal.* 1 \+ 4k frames, 9 at most"):
+        main([*mebt, "--num_frames=13"])
+    with pytest.raises(ValueError, match="The task central_inpainting needs a time-agnostic tokenizer"):
+        main([*mebt, "--task=central_inpainting"])
+    main([*mebt, "--num_frames=5", "--num_samples=1"])
+    assert read_video(Path("more/seed=000000.mp4")).shape == (5, 32, 32, 3)
 
 
 def test_a_clip_length_that_does_not_fit_is_one_message(walt: Path) -> None:
