@@ -24,7 +24,7 @@ EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/*.yaml))))
 CONFIG = --config experiments/$(EXP).yaml $(if $(STRATEGY),--config experiments/_base/trainer/$(STRATEGY).yaml )$(if $(TOKENIZER),--model.tokenizer=$(TOKENIZER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-slow plan train sample evaluate compare report tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
+.PHONY: help setup demo demo-quick test test-faults test-slow plan train sample evaluate compare report tokenize cache-frames import-weights export doctor tensorboard bench ablation lint format typecheck check clean _known_experiment
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,8 +41,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP) ## embedded video, tokenizer, MeBT, samples and numbers; CPU, under 10 minutes
+demo: $(STAMP) ## embedded video, a tokenizer, four priors, samples, scores, report; CPU, under 10 minutes
 	$(LONGTAKE) demo $(ARGS)
+
+demo-quick: $(STAMP) ## the tokenizer and MeBT alone, in 4 minutes
+	$(LONGTAKE) demo --quick $(ARGS)
 
 test: $(STAMP) ## run the whole test suite, in two processes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)

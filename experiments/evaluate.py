@@ -36,6 +36,7 @@ from datamodules.sampler import ClipRequest, collate_clips
 from datamodules.shards import progress_bar
 from datamodules.tokens import TokenDataModule
 from datamodules.video import VideoDataModule
+from datamodules.windows import provenance
 from experiments.compare import markdown
 from experiments.protocol import Protocol
 from lightning_modules.generator import Condition
@@ -205,21 +206,21 @@ class Work(LightningDataModule):
 
     Args:
         clips: All parts.
-        folder: Where those that are done lie.
+        files: Their files; those that are done have one.
         data: How clips are loaded.
     """
 
-    def __init__(self, clips: PartClips, folder: Path, data: VideoDataModule) -> None:
+    def __init__(self, clips: PartClips, files: list[Path], data: VideoDataModule) -> None:
         super().__init__()
         self.clips = clips
-        self.folder = folder
+        self.files = files
         self.num_workers = data.num_workers
 
     def missing(self) -> list[int]:
         """Numbers of the parts of this process that are to be done."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         mine = range(rank, len(self.clips), world)
-        return [number for number in mine if not (self.folder / self.clips.parts[number].file).is_file()]
+        return [number for number in mine if not self.files[number].is_file()]
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return one batch a part; called when the processes know their ranks."""
@@ -235,6 +236,7 @@ class Examined(LightningModule):
         detectors: By name; all see all videos, real and generated, but C3D the generated ones alone.
         lpips: LPIPS, if the protocol has it.
         folder: Where to keep the parts.
+        real_folder: Where to keep those of real clips, which other evaluations may share.
         frames: Frames to generate; the first of them are scored.
         batch_size: Videos generated at once.
         class_names: Of the data.
@@ -247,6 +249,7 @@ class Examined(LightningModule):
         detectors: dict[str, Detector],
         lpips: LPIPS | None,
         folder: Path,
+        real_folder: Path,
         frames: int,
         batch_size: int,
         class_names: list[str],
@@ -258,7 +261,7 @@ class Examined(LightningModule):
         self.detectors = nn.ModuleDict(detectors)
         self.cards = {name: detector.card for name, detector in detectors.items()}
         self.lpips = lpips
-        self.folder = folder
+        self.folders = {"generated": folder, "real": real_folder}
         self.frames = frames
         self.batch_size = batch_size
         self.class_names = class_names
@@ -295,7 +298,12 @@ class Examined(LightningModule):
 
     def on_predict_start(self) -> None:
         """Have a place for the parts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in self.folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, part: Part) -> Path:
+        """Where a part is kept."""
+        return self.folders[part.kind] / part.file
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Do one part, and return its number."""
@@ -307,9 +315,10 @@ class Examined(LightningModule):
             pieces = range(part.start, part.stop, self.batch_size)
             rows = [self._generated(part, i, min(part.stop, i + self.batch_size), batch) for i in pieces]
             kept = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
-        partial = self.folder / f".{part.file}.{os.getpid()}"
+        file = self.file(part)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
         save_file({key: value.contiguous().cpu() for key, value in kept.items()}, partial)
-        partial.replace(self.folder / part.file)
+        partial.replace(file)
         if self.bar is not None:
             self.bar.advance(self.bar.task_ids[0], part.stop - part.start)
         return int(batch["part"])
@@ -417,7 +426,7 @@ class Examined(LightningModule):
         return scores
 
     def _read(self, kind: str, repeat: int) -> dict[str, Tensor]:
-        files = [self.folder / part.file for part in self.parts if (part.kind, part.repeat) == (kind, repeat)]
+        files = [self.file(part) for part in self.parts if (part.kind, part.repeat) == (kind, repeat)]
         parts = [load_file(file) for file in files]
         return {key: torch.cat([part[key] for part in parts if key in part]) for key in parts[0]}
 
@@ -471,9 +480,9 @@ class Examined(LightningModule):
         memory = made["bytes"].median().item()
         return {"seconds": made["seconds"].median().item(), "bytes": memory if memory > 0 else None}
 
-    def contact_sheet(self) -> None:
+    def contact_sheet(self, file: Path) -> None:
         """Write the samples that were drawn to be shown."""
-        contact_sheet(self._read("generated", 0)["shown"]).save(self.folder.parent / "contact_sheet.png")
+        contact_sheet(self._read("generated", 0)["shown"]).save(file)
 
 
 def one_process() -> bool:
@@ -496,6 +505,7 @@ def evaluate(
     num_frames: int | None,
     batch_size: int,
     out: Path | None,
+    real: Path | None,
 ) -> Path:
     """Evaluate a checkpoint under a protocol; see `LongtakeTrainer.evaluate` for the arguments.
 
@@ -527,7 +537,9 @@ def evaluate(
         raise ValueError(
             f"The oracle knows the moving shapes alone, not {type(data).__name__} (protocol {protocol.name})."
         )
-    examined = Examined(model, plan, detectors, lpips, folder / "parts", frames, batch_size, class_names)
+    parts = folder / "parts"
+    real_parts = parts if real is None else real / "parts"
+    examined = Examined(model, plan, detectors, lpips, parts, real_parts, frames, batch_size, class_names)
     about = {
         "protocol": {"name": protocol.name, "hash": protocol.digest, "title": protocol.title} | protocol.content(),
         "checkpoint": {"path": str(checkpoint), "sha256": file_digest(checkpoint)},
@@ -541,7 +553,12 @@ def evaluate(
     about = json.loads(json.dumps(about, default=str))
     if trainer.is_global_zero:
         begin(folder, about)
-    work = Work(PartClips(examined.parts, plan, clips, examined.reads), examined.folder, data)
+        if real is not None:
+            same = {key: about[key] for key in ("protocol", "detectors", "code")} | {"real_clips": plan.num_real}
+            begin(real, same | provenance(data, {protocol.split: clips}))
+    work = Work(
+        PartClips(examined.parts, plan, clips, examined.reads), [examined.file(part) for part in examined.parts], data
+    )
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
     with progress_bar() as bar:
         bar.disable = bar.disable or not trainer.is_global_zero
@@ -577,7 +594,7 @@ def evaluate(
         }
         (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n")
         (folder / "results.md").write_text(markdown([result]))
-        examined.contact_sheet()
+        examined.contact_sheet(folder / "contact_sheet.png")
         rank_zero_info(f"{markdown([result])}\n{folder}/results.json, results.md, contact_sheet.png")
     return folder
 
@@ -690,15 +707,15 @@ def begin(folder: Path, about: dict[str, Any]) -> None:
         if different := [key for key in about if key != "checkpoint" and before.get(key) != about[key]]:
             raise ValueError(
                 f"{folder} holds an evaluation with another {', '.join(different)}: its samples cannot be mixed with "
-                "new ones. Remove it, or give another folder (--out)."
+                "new ones. Remove it, or give another folder (--out, --real)."
             )
-        if before["checkpoint"]["sha256"] != about["checkpoint"]["sha256"]:
+        if "checkpoint" in about and before["checkpoint"]["sha256"] != about["checkpoint"]["sha256"]:
             raise ValueError(
                 f"{folder} holds an evaluation of other weights. Remove it, or give another folder (--out)."
             )
         rank_zero_info(f"Going on with {folder}.")
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else than an evaluation. Give another folder (--out).")
+        raise ValueError(f"{folder} holds something else than an evaluation. Give another folder (--out, --real).")
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     manifest.write_text(json.dumps(about, indent=2) + "\n")
 

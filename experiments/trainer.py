@@ -229,6 +229,7 @@ class LongtakeTrainer(Trainer):
         num_frames: int | None = None,
         batch_size: int = 4,
         out: str | None = None,
+        real: str | None = None,
     ) -> None:
         """Generate what a protocol asks for and score it: results.json, a row of a table, and a contact sheet.
 
@@ -251,6 +252,8 @@ class LongtakeTrainer(Trainer):
             num_frames: Frames to generate, of which the protocol's first are scored; null takes as few as will do.
             batch_size: Videos generated at once on each device.
             out: Folder to write to; null makes `evaluation-<protocol>-<checkpoint>` beside the checkpoint's folder.
+            real: Folder in which what the detectors see of the real clips is kept, for all evaluations under the
+                protocol; null keeps it in `out`.
         """
         chosen = read_protocol(protocol, task)
         evaluate(
@@ -265,6 +268,7 @@ class LongtakeTrainer(Trainer):
             num_frames,
             batch_size,
             Path(out) if out else None,
+            Path(real) if real else None,
         )
 
     def tokenize(

@@ -78,13 +78,16 @@ def quick() -> Iterator[None]:
         yield
 
 
-def evaluate(experiment: Path, run_folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def evaluate(
+    experiment: Path, run_folder: Path, out: Path, real: Path | None = None, **changes: Any
+) -> dict[str, Any]:
     """The command, under a protocol that differs from `TINY` as it is told."""
     out.parent.mkdir(exist_ok=True)
     protocol = out.parent / "tiny.yaml"
     protocol.write_text(yaml.safe_dump(TINY | changes))
     place = [f"--config={experiment}", f"--ckpt_path={run_folder / 'checkpoints/last.ckpt'}", f"--out={out}"]
-    main(["evaluate", *place, f"--protocol={protocol}", "--batch_size=3"])
+    shared = [] if real is None else [f"--real={real}"]
+    main(["evaluate", *place, f"--protocol={protocol}", "--batch_size=3", *shared])
     return json.loads((out / "results.json").read_text())
 
 
@@ -181,6 +184,20 @@ def test_what_was_killed_goes_on_with_the_missing_parts(
     for name in ("frechet_random_toy", "kernel_random_toy", "shapes_overall"):
         assert result["scores"][name] == whole.result["scores"][name]
     assert "━" not in capsys.readouterr().err  # no bar where there is no terminal
+
+
+def test_evaluations_share_what_the_detectors_see_of_real_clips(whole: Whole, tiny: Path, mebt_run: Path) -> None:
+    real = tiny / "real"
+    evaluate(tiny / "mebt.yaml", mebt_run, tiny / "first", real=real)
+    assert [path.name for path in (real / "parts").iterdir()] == ["real-0-0000000.safetensors"]
+    assert not list((tiny / "first/parts").glob("real*"))
+    written = (real / "parts/real-0-0000000.safetensors").stat().st_mtime_ns
+    result = evaluate(tiny / "mebt.yaml", mebt_run, tiny / "second", real=real)
+    assert (real / "parts/real-0-0000000.safetensors").stat().st_mtime_ns == written
+    for name in ("frechet_random_toy", "kernel_random_toy"):
+        assert result["scores"][name] == whole.result["scores"][name]
+    with pytest.raises(ValueError, match=r"real holds an evaluation with another .*transform.*--real"):
+        evaluate(tiny / "mebt.yaml", mebt_run, tiny / "third", real=real, data=TINY["data"] | {"seed": 7})
 
 
 def test_another_evaluation_does_not_go_on_in_the_same_folder(whole: Whole, tmp_path: Path) -> None:
@@ -400,7 +417,7 @@ class Knowing(LightningModule):
 
 def examined(model: LightningModule, **changes: Any) -> Examined:
     work = plan(clips=5, **({"order": "listed", "real": None, "scores": ("oracle",)} | changes))
-    return Examined(model, work, {"main": toy_detector()}, None, Path("nowhere"), 16, 4, list(CLASS_NAMES))
+    return Examined(model, work, {"main": toy_detector()}, None, Path("nowhere"), Path("nowhere"), 16, 4, list(CLASS_NAMES))
 
 
 def clips_of(work: Examined, kind: str, number: int = 0) -> dict[str, Any]:
