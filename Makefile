@@ -113,7 +113,7 @@ doctor: $(STAMP) ## what is wrong with a data set: ARGS="--data UCF101DataModule
 	$(LONGTAKE) doctor $(ARGS)
 
 tensorboard: $(STAMP) ## curves and moving samples of all runs
-	$(VENV)/bin/tensorboard --logdir runs $(ARGS)
+	$(VENV)/bin/tensorboard --logdir runs $(ARGS) || { echo "Where the port is in use, give another: make tensorboard ARGS=--port=6007"; exit 1; }
 
 # With an interpreter of one's own (make bench PYTHON=python3.12), that one is used as it is, and nothing is installed.
 ifeq ($(origin PYTHON),command line)

@@ -78,9 +78,7 @@ def quick() -> Iterator[None]:
         yield
 
 
-def evaluate(
-    experiment: Path, run_folder: Path, out: Path, real: Path | None = None, **changes: Any
-) -> dict[str, Any]:
+def evaluate(experiment: Path, run_folder: Path, out: Path, real: Path | None = None, **changes: Any) -> dict[str, Any]:
     """The command, under a protocol that differs from `TINY` as it is told."""
     out.parent.mkdir(exist_ok=True)
     protocol = out.parent / "tiny.yaml"
@@ -196,8 +194,9 @@ def test_evaluations_share_what_the_detectors_see_of_real_clips(whole: Whole, ti
     assert (real / "parts/real-0-0000000.safetensors").stat().st_mtime_ns == written
     for name in ("frechet_random_toy", "kernel_random_toy"):
         assert result["scores"][name] == whole.result["scores"][name]
-    with pytest.raises(ValueError, match=r"real holds an evaluation with another .*transform.*--real"):
-        evaluate(tiny / "mebt.yaml", mebt_run, tiny / "third", real=real, data=TINY["data"] | {"seed": 7})
+    other = {**TINY["data"], "init_args": {**TINY["data"]["init_args"], "seed": 7}}
+    with pytest.raises(ValueError, match=r"real holds an evaluation with another protocol, transform.*--real"):
+        evaluate(tiny / "mebt.yaml", mebt_run, tiny / "third", real=real, data=other)
 
 
 def test_another_evaluation_does_not_go_on_in_the_same_folder(whole: Whole, tmp_path: Path) -> None:
@@ -235,7 +234,7 @@ def test_reconstructions_of_a_tokenizer_are_compared_with_their_inputs(
     assert scores["psnr"]["mean"] == pytest.approx(float(expected), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["shapes_16", "shapes_64", "shapes_128"])
+@pytest.mark.parametrize("name", ["shapes_16", "shapes_64", "shapes_128", "shapes_demo"])
 def test_the_race_takes_place_in_the_world_that_the_demo_learns(name: str) -> None:
     learnt = yaml.safe_load((FOLDER.parent / "_base/demo.yaml").read_text())["data"]["init_args"]
     asked = read_protocol(name).data["init_args"]
@@ -417,7 +416,9 @@ class Knowing(LightningModule):
 
 def examined(model: LightningModule, **changes: Any) -> Examined:
     work = plan(clips=5, **({"order": "listed", "real": None, "scores": ("oracle",)} | changes))
-    return Examined(model, work, {"main": toy_detector()}, None, Path("nowhere"), Path("nowhere"), 16, 4, list(CLASS_NAMES))
+    return Examined(
+        model, work, {"main": toy_detector()}, None, Path("nowhere"), Path("nowhere"), 16, 4, list(CLASS_NAMES)
+    )
 
 
 def clips_of(work: Examined, kind: str, number: int = 0) -> dict[str, Any]:
