@@ -41,7 +41,13 @@ PRIORS = {
         *SHALLOW,
         *steps(280),
     ],
-    "demo_walt": ["--model.latent_dim=4", "--model.unrounded=true", *SHALLOW, *steps(360)],
+    "demo_walt": [
+        "--model.latent_dim=4",
+        "--model.unrounded=true",
+        "--model.sampling.num_steps=25",
+        *SHALLOW,
+        *steps(360),
+    ],
 }
 # Enough to see that everything works, not to learn anything: what CI runs.
 TINY = {
