@@ -158,8 +158,10 @@ def _all_frames(dataset: VideoClips, number: int) -> np.ndarray:
 
 
 def _rounded(video: torch.Tensor) -> np.ndarray:
-    """Video `[3, T, H, W]` in [-1, 1] to uint8 `[T, H, W, 3]`."""
-    return np.ascontiguousarray(((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy())
+    """Video `[3, T, H, W]`, uint8 or in [-1, 1], to uint8 `[T, H, W, 3]`."""
+    if video.dtype != torch.uint8:
+        video = ((video + 1) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(video.permute(1, 2, 3, 0).numpy())
 
 
 def _jpeg(frame: np.ndarray, quality: int) -> bytes:

@@ -58,6 +58,14 @@ def make_item(request: ClipRequest, video: torch.Tensor, label: int, **more: Any
     return item
 
 
+def float_video(batch: dict[str, Any]) -> dict[str, Any]:
+    """Turn an item's or a batch's `video` of whole numbers from 0 to 255 into float32 in [-1, 1]; other video stays."""
+    video = batch.get("video")
+    if video is None or video.dtype != torch.uint8:
+        return batch
+    return batch | {"video": video.float().div_(127.5).sub_(1)}
+
+
 def collate_clips(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Make a batch of items: tensors are stacked, labels, indices and flags become tensors, texts become a list.
 

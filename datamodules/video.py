@@ -28,6 +28,7 @@ from datamodules.sampler import (
     ResumableLoader,
     ValidationBatchSampler,
     collate_clips,
+    float_video,
     make_item,
 )
 from models.random import keyed_generator
@@ -125,6 +126,16 @@ class VideoClips(Dataset[dict[str, Any]]):
         return len(self.videos)
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        return float_video(self.stored(request))
+
+    def stored(self, request: ClipRequest) -> dict[str, Any]:
+        """Return the item with `video` as it was read, uint8 unless it was resized in floating point.
+
+        A quarter of the memory to hand over from a worker to the device, where `float_video` makes `[request]` of it.
+
+        Raises:
+            UnreadableVideoError: if neither this video nor others in its place can be read, or too many are bad.
+        """
         worker = get_worker_info()
         before, self._reads = self._reads, self._reads + (worker.num_workers if worker else 1)  # of all workers
         if before < _READS_TO_JUDGE <= self._reads:
@@ -193,7 +204,10 @@ class VideoClips(Dataset[dict[str, Any]]):
         return label
 
     def read(self, request: ClipRequest) -> Tensor:
-        """Read the frames asked for, float32 `[3, T', H, W]` in [-1, 1], of this video and no other.
+        """Read the frames asked for, of this video and no other.
+
+        Returns:
+            `[3, T', H, W]`, uint8, or float32 in [-1, 1] if they were resized in floating point.
 
         Raises:
             UnreadableVideoError: if one of them cannot be read.
@@ -205,13 +219,13 @@ class VideoClips(Dataset[dict[str, Any]]):
         # one by one: a long clip of a large video is never in memory whole
         frames = (self._square(frame, place) for frame in video.frames(start, count, self.frame_stride))
         first = next(frames)
-        clip = torch.empty(3, count, *first.shape[1:])  # [3, T, H, W]
+        clip = torch.empty(3, count, *first.shape[1:], dtype=first.dtype)  # [3, T, H, W]
         clip[:, 0] = first
         for number, frame in enumerate(frames, start=1):
             clip[:, number] = frame
         if self._is_mirrored(request):
             clip = clip.flip(3)
-        return clip.div_(127.5).sub_(1).clamp_(-1, 1)
+        return clip if clip.dtype == torch.uint8 else clip.div_(127.5).sub_(1).clamp_(-1, 1)
 
     def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
         """Resize the shorter side and crop, at the centre or elsewhere: uint8 `[h, w, 3]` to `[3, H, W]` of 0 to 255.
@@ -232,6 +246,19 @@ class VideoClips(Dataset[dict[str, Any]]):
         return image[:, top : top + self.resolution, left : left + self.resolution]
 
 
+class _Stored(Dataset[dict[str, Any]]):
+    """Clips as they were read."""
+
+    def __init__(self, clips: VideoClips) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        return self.clips.stored(request)
+
+
 def _use_one_thread(worker_id: int) -> None:
     torch.set_num_threads(1)
 
@@ -242,6 +269,8 @@ class VideoDataModule(LightningDataModule):
     A subclass says what its data sets are (`make_dataset`); order, ranks, resuming and curriculum are settled here.
     Batches hold `video` float32 `[B, 3, T, H, W]` in [-1, 1], `label` int64 `[B]` and `index` int64 `[B]`; under a
     curriculum training batches also hold the plain integers `window_start`, `window_frames` and `margin_before`.
+    Pixels of files are uint8 on their way from the workers, and float32 once the Trainer has brought them to the device;
+    who iterates over `train_dataloader` alone calls `on_after_batch_transfer` for that.
 
     Use it with `Trainer(use_distributed_sampler=False)`: the ranks share the clips out themselves.
 
@@ -314,7 +343,7 @@ class VideoDataModule(LightningDataModule):
                 self.datasets[split] = self.make_dataset(split)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return shuffled training batches, resumable at any batch."""
+        """Return shuffled training batches, resumable at any batch; pixels of files are uint8 until the device."""
         options: dict[str, Any] = {}
         if (trainer := self.trainer) is not None:
             options = {
@@ -327,7 +356,13 @@ class VideoDataModule(LightningDataModule):
         sampler = ClipBatchSampler(
             self._size("train"), self.batch_size, self.num_frames, self.seed, curriculum=self.curriculum, **options
         )
-        return ResumableLoader(self.datasets["train"], sampler, **self._loader_options())
+        clips = self.datasets["train"]
+        stored = _Stored(clips) if isinstance(clips, VideoClips) else clips
+        return ResumableLoader(stored, sampler, **self._loader_options())
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Turn pixels into float32 in [-1, 1] where the batch is by now; the Trainer calls it."""
+        return float_video(batch)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return validation batches in order, each clip whole."""

@@ -515,7 +515,7 @@ class WALTModule(VideoGenerator):
             if "latents" in batch and hasattr(data, "latent_statistics"):
                 self._set_statistics("latent", *data.latent_statistics())
                 return
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            batch = data.on_after_batch_transfer(self.transfer_batch_to_device(batch, self.device, 0), 0)
             parts.append(self._raw_latents(batch))
             if self.enlarges:
                 low_res.append(self.low_res_latents(batch))

@@ -233,7 +233,7 @@ def token_cache(root: Path, data: VideoDataModule, quick: bool, least_seconds: f
         optimizer.step()
         optimizer.zero_grad()
 
-    pixels = next(iter(data.train_dataloader()))["video"]
+    pixels = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)["video"]
     loading = data.batch_size * _seconds_a_clip(cached, least_seconds)
     training = seconds_of(step, least_seconds)
     decoding = data.batch_size * _seconds_a_clip(data, least_seconds)

@@ -65,7 +65,8 @@ def largest_difference(one: VideoDataModule, other: VideoDataModule, epoch: int 
     for loader in loaders:
         loader.batch_sampler.set_epoch(epoch)
     differences = []
-    for a, b in zip(*loaders, strict=True):
+    for stored in zip(*loaders, strict=True):
+        a, b = (data.on_after_batch_transfer(batch, 0) for data, batch in zip((one, other), stored, strict=True))
         assert torch.equal(a["index"], b["index"])
         assert torch.equal(a["label"], b["label"])
         assert a["video"].dtype == b["video"].dtype == torch.float32

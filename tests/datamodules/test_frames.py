@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from numbered_video import numbered_frame, read_numbers
 from PIL import Image
 
@@ -11,6 +13,7 @@ from datamodules.decoders import frame_files, iter_images
 from datamodules.decoding import UnreadableVideoError
 from datamodules.frames import FramesDataModule, find_videos
 from datamodules.listing import Video
+from datamodules.sampler import ClipRequest
 from datamodules.video import VideoClips
 
 
@@ -162,3 +165,46 @@ class TestErrors:
     def test_a_fraction_that_empties_a_split_is_refused(self, tmp_path: Path, fraction: float) -> None:
         with pytest.raises(ValueError, match=r"val_fraction=.*--data.val_fraction"):
             data_of(tmp_path, val_fraction=fraction)
+
+
+class Recorder(LightningModule):
+    """Keeps the batches that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.automatic_optimization = False
+        self.batches: list[dict[str, Any]] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.batches.append(batch)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.batches.append(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.weight], 0.1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_pixels_are_whole_numbers_until_they_are_on_the_device(
+    tmp_path: Path, antialias: bool, num_workers: int
+) -> None:
+    """Workers hand over a quarter of the memory; modules get float32 in [-1, 1], to the bit what the data set gives."""
+    for name in ("train/a", "train/b", "val/c"):
+        write_frames(tmp_path / name, 6)
+    data = data_of(tmp_path, antialias=antialias, num_workers=num_workers)
+    data.prepare_data()
+    data.setup()
+    handed_over = next(iter(data.train_dataloader()))["video"]
+    assert handed_over.dtype == (torch.uint8 if antialias else torch.float32)
+    module = Recorder()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=1, use_distributed_sampler=False, enable_model_summary=False, **options)  # type: ignore[arg-type] # mixed types
+    trainer.fit(module, datamodule=data)
+    trained, validated = module.batches[-1], module.batches[0]
+    for batch, split in ((trained, "train"), (validated, "val")):
+        for video, index in zip(batch["video"], batch["index"].tolist(), strict=True):
+            assert video.dtype == torch.float32
+            assert torch.equal(video, data.datasets[split][ClipRequest(index)]["video"])

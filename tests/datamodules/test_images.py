@@ -59,7 +59,7 @@ class TestItems:
     def test_an_image_is_a_clip_of_one_frame(self, tmp_path: Path) -> None:
         data = data_of(imagenet(tmp_path), batch_size=6)
         data.setup()
-        batch = next(iter(data.train_dataloader()))
+        batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
         assert (batch["video"].shape, batch["video"].dtype) == ((6, 3, 1, 32, 32), torch.float32)
         assert (batch["is_image"].dtype, batch["is_image"].tolist()) == (torch.bool, [True] * 6)
         assert sorted(batch["label"].tolist()) == [0, 0, 1, 1, 2, 2]
