@@ -32,7 +32,7 @@ PRIORS = {
         "--model.sampling.revise_groups=8",
         "--model.sampling.revise_rounds=4",
         "--data.batch_size=16",
-        *steps(430),
+        *steps(380),
     ],
     "demo_tats": [*SHALLOW, *steps(360)],
     "demo_commit": [
