@@ -269,8 +269,8 @@ class VideoDataModule(LightningDataModule):
     A subclass says what its data sets are (`make_dataset`); order, ranks, resuming and curriculum are settled here.
     Batches hold `video` float32 `[B, 3, T, H, W]` in [-1, 1], `label` int64 `[B]` and `index` int64 `[B]`; under a
     curriculum training batches also hold the plain integers `window_start`, `window_frames` and `margin_before`.
-    Pixels of files are uint8 on their way from the workers, and float32 once the Trainer has brought them to the device;
-    who iterates over `train_dataloader` alone calls `on_after_batch_transfer` for that.
+    Pixels of files are uint8 on their way from the workers, and float32 once the Trainer has brought them to the
+    device; who iterates over `train_dataloader` alone calls `on_after_batch_transfer` for that.
 
     Use it with `Trainer(use_distributed_sampler=False)`: the ranks share the clips out themselves.
 

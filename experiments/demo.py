@@ -32,7 +32,7 @@ PRIORS = {
         "--model.sampling.revise_groups=8",
         "--model.sampling.revise_rounds=4",
         "--data.batch_size=16",
-        *steps(380),
+        *steps(430),
     ],
     "demo_tats": [*SHALLOW, *steps(360)],
     "demo_commit": [
@@ -99,7 +99,8 @@ def main(args: Sequence[str]) -> None:
     configs = {name: f"--config={EXPERIMENTS / name}.yaml" for name in runs}
     clips = ["--data.num_frames=17", f"--model.tokenizer={tokenizer}"]
 
-    phase("tokenizer", ["fit", configs[TOKENIZER], *place], "fit", "tokenizer")
+    fewer = steps(320) if options.quick else []
+    phase("tokenizer", ["fit", configs[TOKENIZER], *place, *fewer], "fit", "tokenizer")
     phase("export", ["export", str(runs[TOKENIZER] / "checkpoints/last.ckpt"), str(tokenizer)])
     # of the models of codes, COMMIT needs most: its tasks' conditions too; the latents are W.A.L.T's
     needs_most = "demo_mebt" if options.quick else "demo_commit"
