@@ -220,7 +220,7 @@ def curves(runs: Sequence[Run]) -> str:
             figures.append(line_chart(f"{chart.group}: {chart.title}", lines))
             continue
         for name in members:
-            lines = {run.name: run.events.scalars[name] for run in runs if name in run.events.scalars}
+            lines = {run.name: run.events.scalars.get(name, {}) for run in runs}
             figures.append(line_chart(f"{chart.group}: {name}", lines))
     return f'<div class="charts">{"".join(figures)}</div>'
 

@@ -21,7 +21,7 @@ def line_chart(title: str, lines: Mapping[str, Mapping[int, float]]) -> str:
 
     Args:
         title: Stands above the curves.
-        lines: Values by step, by name.
+        lines: Values by step, by name; one without values is left out, and keeps its colour for other charts.
     """
     finite = {
         name: [(float(step), value) for step, value in values.items() if math.isfinite(value)]
@@ -31,6 +31,8 @@ def line_chart(title: str, lines: Mapping[str, Mapping[int, float]]) -> str:
     missing = sum(len(values) for values in lines.values()) - len(all_points)
     keys = []
     for number, (name, values) in enumerate(lines.items()):
+        if not values:
+            continue
         last = list(values.values())[-1]
         keys.append(f'<li><i class="c{number % NUM_COLOURS}"></i>{escape(name)} <b>{short(last)}</b></li>')
     caption = f"<figcaption>{escape(title)}</figcaption>"
@@ -67,6 +69,8 @@ def _drawing(title: str, lines: list[tuple[str, Points]], all_points: Points) ->
             anchor = "end" if x > WIDTH - 24 else "middle"
             marks.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="{anchor}">{short(tick)}</text>')
     for number, (name, points) in enumerate(lines):
+        if not points:
+            continue
         buckets = grouped(points)
         colour = f"c{number % NUM_COLOURS}"
         dashes = ' stroke-dasharray="5 3"' if number >= NUM_COLOURS else ""

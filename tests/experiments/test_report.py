@@ -213,6 +213,10 @@ def test_charts_of_unusual_values() -> None:
     assert "band" in line_chart("long", {"a": long})
     assert len(grouped([(float(x), 0.0) for x in range(1000)])) <= 120
     assert "logarithmic" in line_chart("steep", {"a": {0: 1e-4, 1: 10.0}})
+    absent = line_chart("of one run", {"a": {}, "b": {0: 1.0, 1: 2.0}})
+    assert "c1" in absent  # the colour that it has in charts of both
+    assert "c0" not in absent
+    assert ">a " not in absent
 
 
 def test_numbers_are_short_and_ticks_round() -> None:
