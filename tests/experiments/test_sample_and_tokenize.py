@@ -143,8 +143,8 @@ def test_codes_of_another_tokenizer_are_refused(tiny: Path, codes: Path, world: 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--data.num_frames=32", r"holds codes for num_frames=16, not 32 \(--data.num_frames\)"),
-        ("--data.resolution=64", r"holds codes for resolution=32, not 64 \(--data.resolution\)"),
+        ("--data.num_frames=32", r"holds tokens for num_frames=16, not 32 \(--data.num_frames\)"),
+        ("--data.resolution=64", r"holds tokens for resolution=32, not 64 \(--data.resolution\)"),
     ],
 )
 def test_codes_of_another_geometry_are_refused(tiny: Path, codes: Path, word: str, message: str) -> None:
