@@ -129,7 +129,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         return float_video(self.stored(request))
 
     def stored(self, request: ClipRequest) -> dict[str, Any]:
-        """Return the item with `video` as it was read, uint8 unless it was resized in floating point.
+        """Return the item with `video` `[3, T', H, W]` as it was read, uint8 unless `antialias` is off.
 
         A quarter of the memory to hand over from a worker to the device, where `float_video` makes `[request]` of it.
 
@@ -207,7 +207,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         """Read the frames asked for, of this video and no other.
 
         Returns:
-            `[3, T', H, W]`, uint8, or float32 in [-1, 1] if they were resized in floating point.
+            `[3, T', H, W]`, uint8, or without antialiasing float32 in [-1, 1].
 
         Raises:
             UnreadableVideoError: if one of them cannot be read.
@@ -219,13 +219,14 @@ class VideoClips(Dataset[dict[str, Any]]):
         # one by one: a long clip of a large video is never in memory whole
         frames = (self._square(frame, place) for frame in video.frames(start, count, self.frame_stride))
         first = next(frames)
-        clip = torch.empty(3, count, *first.shape[1:], dtype=first.dtype)  # [3, T, H, W]
+        kept = torch.uint8 if self.antialias else torch.float32  # of all frames, though some may need no resizing
+        clip = torch.empty(3, count, *first.shape[1:], dtype=kept)  # [3, T, H, W]
         clip[:, 0] = first
         for number, frame in enumerate(frames, start=1):
             clip[:, number] = frame
         if self._is_mirrored(request):
             clip = clip.flip(3)
-        return clip if clip.dtype == torch.uint8 else clip.div_(127.5).sub_(1).clamp_(-1, 1)
+        return clip if self.antialias else clip.div_(127.5).sub_(1).clamp_(-1, 1)
 
     def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
         """Resize the shorter side and crop, at the centre or elsewhere: uint8 `[h, w, 3]` to `[3, H, W]` of 0 to 255.

@@ -79,7 +79,7 @@ class WALTModule(VideoGenerator):
         downsample: Pixel frames, rows and columns that one latent covers.
         latent_dim: Channels of the tokenizer's latents.
         unrounded: Whether the tokenizer is one of finite scalar codes, whose latents are taken before they are rounded
-            (our choice): one tokenizer for W.A.L.T and for models of codes.
+            (our choice): one tokenizer for W.A.L.T and for models of codes. That of the stage before too.
         num_classes: Classes; 0 trains without labels.
         text: Encoder of the batches' `text`: `t5` as in the paper, frozen, with the optional extra `text`; `bytes` is
             small and trained along; null trains without text.
@@ -316,6 +316,8 @@ class WALTModule(VideoGenerator):
         if not path.exists():
             raise FileNotFoundError(f"No tokenizer of the stage before at {path} (--model.low_res_tokenizer).")
         tokenizer = load_tokenizer(path)
+        if self.unrounded:
+            tokenizer = tokenizer.unrounded()
         height, width = self._frame_size()
         fits = tokenizer.codebook_size is None and tokenizer.valid_frames(self.num_frames)
         shape = tuple(tokenizer.latent_shape(self.num_frames, height // 2, width // 2)) if fits else None

@@ -133,6 +133,16 @@ class TestPixels:
         video = self.of_image(image, monkeypatch, resolution=32, antialias=False)[ClipRequest(0)]["video"]
         assert torch.allclose(video[:, 0], expected)
 
+    def test_without_antialiasing_frames_that_need_no_resizing_do_not_round_the_others(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        large = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        dataset = clips([Video(Path("any"), 0, 2)], num_frames=2, antialias=False)
+        monkeypatch.setattr(Video, "frames", lambda *args: iter([large[:64, :64], large]))
+        shown = (dataset[ClipRequest(0)]["video"][:, 1] + 1) * 127.5
+        pixels = torch.from_numpy(large).permute(2, 0, 1)[None].float()
+        torch.testing.assert_close(shown, F.interpolate(pixels, (64, 64), mode="bilinear")[0], atol=1e-3, rtol=0)
+
     def test_random_crops_reach_both_ends_and_stay_for_all_frames(self, monkeypatch: pytest.MonkeyPatch) -> None:
         image = np.zeros((64, 67, 3), np.uint8)
         image[:, :, 0] = np.arange(67)

@@ -275,6 +275,10 @@ def test_one_tokenizer_and_one_cache_serve_models_of_codes_and_of_what_is_rounde
     with pytest.raises(ValueError, match=r"is not continuous: it has 125 codes.*--model.unrounded=true"):
         main(["fit", "--config=WALT.yaml", "--model.unrounded=false"])
 
+    enlarger = WALTModule(num_frames=9, resolution=32, **(walt | {"low_res_tokenizer": "tokenizer", "sampling": {}}))
+    enlarger.load_tokenizer()
+    assert enlarger.tokenizer.codebook_size is enlarger.low_res_tokenizer.codebook_size is None
+
     mebt = ["sample", "--config=MeBT.yaml", "--ckpt_path=runs/MeBT/version_0/checkpoints/last.ckpt", "--out=more"]
     with pytest.raises(ValueError, match=r"num_frames=13 cannot be generated: on a causal.* 1 \+ 4k frames, 9 at most"):
         main([*mebt, "--num_frames=13"])
