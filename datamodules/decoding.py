@@ -179,8 +179,10 @@ def iter_frames(
                 # Converted before it becomes an array, since planes of odd sizes cannot be exported. Conversion starts
                 # threads unless told not to: a worker that is forked while such a converter waits for garbage
                 # collection waits for its threads for ever, since threads do not survive a fork.
-                rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                yield rotate(rgb, frame.rotation)
+                rgb = reformatter.reformat(frame, format="rgb24", threads=1)
+                plane = rgb.planes[0]  # whose memory is used as it is; a row may end in bytes that are no pixels
+                rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: rgb.height, : 3 * rgb.width]
+                yield rotate(rows.reshape(rgb.height, rgb.width, 3), frame.rotation)
                 number_wanted = next(wanted, -1)
                 if number_wanted < 0:
                     return

@@ -36,7 +36,7 @@ WIDTH, HEIGHT = 320, 240
 
 def run(quick: bool) -> list[Measurement]:
     """Measure everything."""
-    num_videos, length, resolution, least_seconds = (6, 40, 64, 0.2) if quick else (24, 180, 128, 3.0)
+    num_videos, length, resolution, batch_size, least_seconds = (6, 40, 64, 2, 0.2) if quick else (24, 180, 128, 8, 3.0)
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for number in range(num_videos):
@@ -45,7 +45,7 @@ def run(quick: bool) -> list[Measurement]:
 
         def data_module(num_workers: int = 0, **options: Any) -> FramesDataModule:
             return FramesDataModule(
-                str(root / "videos"), resolution=resolution, batch_size=2, num_workers=num_workers, **options
+                str(root / "videos"), resolution=resolution, batch_size=batch_size, num_workers=num_workers, **options
             )
 
         rows = index_speed(root, 24 if quick else 400)
