@@ -181,7 +181,8 @@ def iter_frames(
                 # collection waits for its threads for ever, since threads do not survive a fork.
                 rgb = reformatter.reformat(frame, format="rgb24", threads=1)
                 plane = rgb.planes[0]  # whose memory is used as it is; a row may end in bytes that are no pixels
-                rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: rgb.height, : 3 * rgb.width]
+                pixels = np.frombuffer(plane, np.uint8)  # type: ignore[call-overload] # a plane is a buffer
+                rows = pixels.reshape(-1, plane.line_size)[: rgb.height, : 3 * rgb.width]
                 yield rotate(rows.reshape(rgb.height, rgb.width, 3), frame.rotation)
                 number_wanted = next(wanted, -1)
                 if number_wanted < 0:

@@ -1,11 +1,15 @@
 """Arms of a comparison: run each once a seed, keep what was finished, and say who won only if the spread allows it."""
 
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from datamodules.shards import read_header
+from datamodules.tokens import COMMAND
 
 Curve = list[tuple[float, float]]  # (step, value)
 
@@ -80,17 +84,29 @@ def finished_run(folder: Path, arm: str, seed: int, train: Callable[[Path], tupl
         train: Trains in the folder that it is given, and returns the curve and the scores.
 
     Returns:
-        The run, also written to `<folder>/<arm>-<seed>/run.json`.
+        The run, also written to `<folder>/<arm>-<seed>/run.json`. What a run left that was stopped is removed.
     """
     place = folder / f"{arm.replace(' ', '_').replace('/', '_')}-{seed}"
     file = place / "run.json"
     if not file.is_file():
+        shutil.rmtree(place, ignore_errors=True)
         start = time.perf_counter()
         curve, scores = train(place)
         place.mkdir(parents=True, exist_ok=True)
         run = Run(arm, seed, time.perf_counter() - start, curve, scores)
         file.write_text(json.dumps(asdict(run), indent=2) + "\n")
     return Run(**json.loads(file.read_text()))
+
+
+def tokenized(folder: Path, words: list[str]) -> Path:
+    """Return the cache of this folder; `longtake tokenize <words>` makes it, or goes on with it, unless it is whole."""
+    from experiments.lightning_cli import run
+
+    try:
+        read_header(folder, "tokens", COMMAND)
+    except FileNotFoundError:
+        run(["tokenize", *words, f"--out={folder}"])
+    return folder
 
 
 def logged_curve(run_folder: Path, tag: str) -> Curve:

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from datamodules.shards import read_header
-from datamodules.tokens import COMMAND, read_codes
-from experiments.ablations.arms import Comparison, Curve, Run, finished_run, logged_curve
+from datamodules.tokens import read_codes
+from experiments.ablations.arms import Comparison, Curve, Run, finished_run, logged_curve, tokenized
 from experiments.cli import ROOT
 from lightning_modules import COMMITModule
 from lightning_modules.generator import Condition
@@ -155,16 +154,7 @@ class Bench:
             run(["fit", f"--config={ROOT / 'experiments/demo_tokenizer.yaml'}", place, *self.size.tokenizer])
             checkpoints = self.folder.glob("tokenizers/demo_tokenizer/version_*/checkpoints/last.ckpt")
             export([str(max(checkpoints)), str(self.tokenizer)])
-        self._tokenize(self.codes)
-
-    def _tokenize(self, folder: Path, *flags: str) -> None:
-        """Keep codes and conditions, unless they are all there."""
-        from experiments.lightning_cli import run
-
-        try:
-            read_header(folder, "tokens", COMMAND)
-        except FileNotFoundError:
-            run(["tokenize", *self.experiment("demo_commit"), *self._pixels(), *flags, f"--out={folder}"])
+        tokenized(self.codes, [*self.experiment("demo_commit"), *self._pixels()])
 
     def experiment(self, name: str) -> list[str]:
         """Command line of a COMMIT on the demo's tokenizer."""
@@ -319,7 +309,7 @@ class Bench:
     def _train_masked(self, seed: int, flags: list[str]) -> Train:
         def finished(place: Path) -> tuple[Curve, dict[str, float]]:
             codes = self.folder / "codes_of_prediction"
-            self._tokenize(codes, *flags[-2:])
+            tokenized(codes, [*self.experiment("demo_commit"), *self._pixels(), *flags[-2:]])
             module, curve = self.fit(place, seed, [*flags, f"--data.root={codes}"])
             seeds = torch.arange(self.size.num_samples)
 

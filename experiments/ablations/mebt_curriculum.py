@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.ablations.arms import Comparison, Curve, Run, finished_run, logged_curve
+from experiments.ablations.arms import Comparison, Curve, Run, finished_run, logged_curve, tokenized
 
 EXPERIMENTS = Path(__file__).parent.parent
 FULL, SHORT, FACTOR = 128, 32, 4  # pixel frames, and those of a latent frame
@@ -75,11 +75,11 @@ SIZES = {
         ),
     ),
     "short": Size(
-        steps=2500,
+        steps=1300,
         seeds={"curriculum": 2, "full length": 2, "short and slid": 2},
         num_train=1024,
         num_val=64,
-        samples=16,
+        samples=8,
         tokenizer=(),
         prior=("--data.batch_size=2",),
     ),
@@ -106,7 +106,17 @@ def compare(length: str, folder: Path) -> dict[str, Comparison]:
     """Train all arms and judge their samples."""
     size = SIZES[length]
     tokenizer = trained_tokenizer(size, folder)
-    codes = {frames: tokenized(size, folder, tokenizer, frames) for frames in (FULL, SHORT)}
+    codes = {
+        frames: tokenized(
+            folder / f"codes_{frames}",
+            [
+                *prior_words(size, tokenizer, frames),
+                f"--data.num_train={size.num_train * FULL // frames}",
+                f"--data.num_val={size.num_val}",
+            ],
+        )
+        for frames in (FULL, SHORT)
+    }
     baseline = count_baseline(codes[FULL])
     runs: list[Run] = []
     for arm in ARMS:
@@ -165,18 +175,6 @@ def prior_words(size: Size, tokenizer: Path, frames: int) -> list[str]:
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
     ]
-
-
-def tokenized(size: Size, folder: Path, tokenizer: Path, frames: int) -> Path:
-    """Codes of clips of so many frames, made once."""
-    from experiments.lightning_cli import run
-
-    codes = folder / f"codes_{frames}"
-    many = FULL // frames
-    data = [f"--data.num_train={size.num_train * many}", f"--data.num_val={size.num_val}"]
-    # goes on where it was stopped; nothing to do if it is whole
-    run(["tokenize", *prior_words(size, tokenizer, frames), *data, f"--out={codes}"])
-    return codes
 
 
 def count_baseline(codes: Path) -> float:

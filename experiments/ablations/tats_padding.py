@@ -79,7 +79,7 @@ SIZES = {
         tokenizer_flags=("--data.num_train=8", "--data.batch_size=2", "--model.tokenizer.encoder.base_channels=4"),
         prior_flags=("--model.dim=16", "--model.depth=1", "--model.num_heads=2"),
     ),
-    "short": Size((0, 1), tokenizer_steps=700, prior_steps=800, clips=2048, videos=32, frames=256),
+    "short": Size((0, 1), tokenizer_steps=500, prior_steps=800, clips=2048, videos=32, frames=256),
     "long": Size((0, 1, 2), tokenizer_steps=20_000, prior_steps=20_000, clips=16_384, videos=128, frames=480),
 }
 

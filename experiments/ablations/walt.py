@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from experiments.ablations.arms import Comparison, Curve, finished_run, logged_curve
+from experiments.ablations.arms import Comparison, Curve, finished_run, logged_curve, tokenized
 from experiments.cli import ROOT
 
 EXPERIMENTS = ROOT / "experiments"
@@ -119,13 +119,9 @@ def cached_latents(folder: Path, size: Length, channels: int) -> tuple[Path, Pat
         words += [f"--trainer.log_every_n_steps={min(10, steps)}"]
         result = run(["fit", *words, f"--run_root={folder / 'tokenizers'}"])
         export([str(Path(str(result.trainer.log_dir)) / "checkpoints/last.ckpt"), str(tokenizer)])
-    if (latents / "statistics.json").is_file():
-        return tokenizer, latents
-    # a command that was killed goes on where it stopped
     demo = [f"--config={EXPERIMENTS / 'demo_walt.yaml'}", f"--model.tokenizer={tokenizer}"]
     demo += [f"--model.latent_dim={channels}", *data]
-    run(["tokenize", *demo, f"--out={latents}", "--latents=bf16"])
-    return tokenizer, latents
+    return tokenizer, tokenized(latents, [*demo, "--latents=bf16"])
 
 
 def trained(

@@ -22,6 +22,7 @@ from models.priors.tats import TATS
 FRAMES = (16, 32, 64, 128)
 LONG_FRAMES = 1024  # of the paper's long videos, 4 to a latent frame
 GAPS_AT_ONCE = 8
+BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}  # bytes a second of the device's memory
 
 
 class GrowingCache(KVCache):
@@ -171,13 +172,50 @@ def comparison_rows(sizes: dict[str, int], frames: tuple[int, ...]) -> list[Meas
     return rows
 
 
+def published_size_rows(network: TATS) -> list[Measurement]:
+    """Tokens a second of one sample, compiled and not, and how near that is to reading each weight once a token."""
+    weights = sum(p.numel() * p.element_size() for name, p in network.named_parameters() if "embedding" not in name)
+    device = network.position_embedding.device
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    bandwidth = next((speed for part, speed in BANDWIDTH.items() if part in name), None)
+    half = network.block_size // 2
+    count = min(64, half)
+    rows = []
+    for label in ("eager", "compiled"):
+        if label == "compiled":
+            network.through_blocks = torch.compile(network.through_blocks)  # type: ignore[method-assign]
+        cache = network.new_cache(is_static=True)
+        network.extend(torch.zeros(1, half, dtype=torch.int64, device=device), torch.arange(half, device=device), cache)
+
+        def tokens(count: int, cache: KVCache = cache) -> Tensor:
+            cache.clear(kept=half)
+            token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            for position in range(half, half + count):
+                features = network.extend(token, torch.tensor([position], device=device), cache)
+                token = network.head(features[:, -1]).argmax(dim=-1, keepdim=True)
+            return token
+
+        # the last token is waited for
+        seconds = seconds_of(lambda tokens=tokens: int(tokens(count)), least_seconds=1.0) / count  # type: ignore[misc]
+        details = {"weights_bytes": weights, "device": name}
+        rows.append(Measurement(f"published size, {label}: one sample", 1 / seconds, "tokens/s", details=details))
+        if bandwidth is not None:
+            share = 100 * weights / bandwidth / seconds
+            rows.append(Measurement(f"published size, {label}: share of the memory's speed", share, "%", at_least=50.0))
+    return rows
+
+
 @torch.inference_mode()
 def run(quick: bool) -> list[Measurement]:
     """Measure."""
     sizes = {"side": 16, "codes": 16384, "dim": 256, "depth": 24, "heads": 4, "latents": 256, "steps": 32}
     if quick:
         sizes = {"side": 4, "codes": 32, "dim": 16, "depth": 2, "heads": 2, "latents": 8, "steps": 4}
-    return cache_rows(sizes) + long_rows(sizes) + comparison_rows(sizes, FRAMES[:2] if quick else FRAMES)
+    rows = cache_rows(sizes) + long_rows(sizes) + comparison_rows(sizes, FRAMES[:2] if quick else FRAMES)
+    if torch.cuda.is_available() and not quick:
+        published = TATS(16384, (4, 16, 16), 1024, 24, 16).eval()
+        rows += published_size_rows(published.to("cuda", torch.bfloat16))
+    return rows
 
 
 def plot(measurements: list[Measurement], file: Path) -> None:

@@ -246,9 +246,14 @@ class TATS(nn.Module):
         """
         cache.reserve(tokens.shape[1], tokens.device, visible)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding[:, positions])  # [B, n, D]
+        x = self.through_blocks(x, cache)
+        cache.commit(tokens.shape[1])
+        return x
+
+    def through_blocks(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Turn embeddings `[B, n, D]` of tokens that have their place in the cache into features `[B, n, D]`."""
         for layer, block in enumerate(self.blocks):
             x = block(x, cache=cache, layer=layer)
-        cache.commit(tokens.shape[1])
         return self.norm(x)
 
     def _features(self, tokens: Tensor) -> Tensor:

@@ -43,6 +43,18 @@ def test_the_benchmark_runs_and_plots(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_published_size_is_measured_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tats.BANDWIDTH, "cpu", 1e10)
+    network = tats.network_of({"side": 2, "codes": 9, "dim": 16, "depth": 2, "heads": 2}, 4)
+    with torch.inference_mode():
+        rows = {row.name: row for row in tats.published_size_rows(network)}
+    assert {name.split(":")[0] for name in rows} == {"published size, eager", "published size, compiled"}
+    speed, share = (rows[f"published size, eager: {what}"] for what in ("one sample", "share of the memory's speed"))
+    weights = 4 * sum(p.numel() for name, p in network.named_parameters() if "embedding" not in name)
+    assert share.value == pytest.approx(100 * weights * speed.value / 1e10)
+
+
+@pytest.mark.slow
 def test_the_comparison_of_paddings_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = tats_padding.compare("quick", tmp_path / "runs")
