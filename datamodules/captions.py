@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from datamodules.audio import SoundClips
 from datamodules.decoders import IMAGE_SUFFIXES, Decoder
@@ -110,30 +107,14 @@ class CaptionedVideo(Video):
 class CaptionedClips(VideoClips):
     """Clips with their captions: the item of `VideoClips`, with `text` and `is_image`.
 
-    If a file cannot be read, the caption is that of the clip which takes its place. With a `width`, frames are made
-    just large enough for `resolution` x `width` pixels and cropped to that, instead of a square.
+    If a file cannot be read, the caption is that of the clip which takes its place.
     """
 
     videos: Sequence[CaptionedVideo]  # of this kind only
-    width: int | None = None
 
     def item(self, request: ClipRequest) -> dict[str, Any]:
         """Return the item of this clip and no other, with its caption."""
         return super().item(request) | {"text": self.videos[request.index].text, "is_image": self.num_frames == 1}
-
-    def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
-        """Resize and crop one frame `[h, w, 3]` to `[3, H, W]` of 0 to 255."""
-        if self.width is None:
-            return super()._square(frame, place)
-        image = torch.from_numpy(frame).permute(2, 0, 1)[None]  # [1, 3, h, w]
-        wanted = (self.resolution, self.width)
-        scale = max(pixels / side for pixels, side in zip(wanted, image.shape[2:], strict=True))
-        size = [max(p, round(side * scale)) for p, side in zip(wanted, image.shape[2:], strict=True)]
-        image = image if self.antialias else image.float()
-        image = F.interpolate(image, size, mode="bilinear", antialias=self.antialias)
-        share = place or (0.5, 0.5)
-        top, left = (int(part * (side - p + 1)) for part, side, p in zip(share, size, wanted, strict=True))
-        return image[0, :, top : top + wanted[0], left : left + wanted[1]]
 
     def start(self, index: int, epoch: int) -> int:
         """Return the frame at which the clip begins: the one that its line names, or a random one."""
@@ -239,7 +220,6 @@ class CaptionedDataModule(VideoFilesDataModule):
             ValueError: if a list has a bad line, or lists images for clips of several frames.
         """
         clips = self.make_clips(self._listed_videos(self.captions(split)), split, CaptionedClips)
-        assert isinstance(clips, CaptionedClips)  # for mypy
         clips.width = self.width
         return SoundClips(clips, f"{self.found_root().name} {split}") if self.audio else clips
 

@@ -46,10 +46,11 @@ _log = logging.getLogger(__name__)
 class VideoClips(Dataset[dict[str, Any]]):
     """One clip a video and epoch: uniform over all starts that fit, from the key (seed, epoch, index).
 
-    Frames are resized so that the shorter side becomes `resolution`, and cropped to a square, at the centre or at a
-    place drawn from the key. Videos shorter than a clip are left out, and how many remain is logged. A video that
-    fails while it is read goes into quarantine, and is replaced by another one, drawn from (seed, epoch, index,
-    attempt); the item's index tells which video it really shows. If there are too many such videos, reading stops.
+    Frames are resized so that the shorter side becomes `resolution`, and cropped to a square, or to `resolution` x
+    `width` pixels where that attribute is set, at the centre or at a place drawn from the key. Videos shorter than a
+    clip are left out, and how many remain is logged. A video that fails while it is read goes into quarantine, and is
+    replaced by another one, drawn from (seed, epoch, index, attempt); the item's index tells which video it really
+    shows. If there are too many such videos, reading stops.
 
     Args:
         videos: where the clips come from.
@@ -69,6 +70,8 @@ class VideoClips(Dataset[dict[str, Any]]):
     Raises:
         ValueError: if no video is long enough.
     """
+
+    width: int | None = None
 
     def __init__(
         self,
@@ -217,7 +220,7 @@ class VideoClips(Dataset[dict[str, Any]]):
         count = self.num_frames - request.read_start if request.read_frames is None else request.read_frames
         place = [self._uniform(_CROP_STREAM, *key, axis) for axis in (1, 2)] if self.random_crop else None
         # one by one: a long clip of a large video is never in memory whole
-        frames = (self._square(frame, place) for frame in video.frames(start, count, self.frame_stride))
+        frames = (self._resize_and_crop(frame, place) for frame in video.frames(start, count, self.frame_stride))
         first = next(frames)
         kept = torch.uint8 if self.antialias else torch.float32  # of all frames, though some may need no resizing
         clip = torch.empty(3, count, *first.shape[1:], dtype=kept)  # [3, T, H, W]
@@ -228,23 +231,31 @@ class VideoClips(Dataset[dict[str, Any]]):
             clip = clip.flip(3)
         return clip if self.antialias else clip.div_(127.5).sub_(1).clamp_(-1, 1)
 
-    def _square(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
-        """Resize the shorter side and crop, at the centre or elsewhere: uint8 `[h, w, 3]` to `[3, H, W]` of 0 to 255.
+    def _resize_and_crop(self, frame: np.ndarray, place: Sequence[float] | None) -> Tensor:
+        """Make a frame just large enough, and crop it at the centre or elsewhere.
 
         With antialiasing in whole numbers, as PIL does, which takes a quarter of the time; else in floating point.
+
+        Args:
+            frame: uint8 `[h, w, 3]`.
+            place: where in the spare rows and columns to crop, each from 0 to 1; None for the centre.
+
+        Returns:
+            `[3, H, W]` of 0 to 255, uint8 or float32.
         """
         image = torch.from_numpy(frame).permute(2, 0, 1)  # [3, h, w]
-        shorter = min(image.shape[1:])
-        if shorter != self.resolution:
-            size = [round(side * self.resolution / shorter) for side in image.shape[1:]]
+        wanted = (self.resolution, self.resolution if self.width is None else self.width)
+        pixels, side = max(zip(wanted, image.shape[1:], strict=True), key=lambda pair: pair[0] / pair[1])
+        if pixels != side:
+            size = [max(p, round(s * pixels / side)) for p, s in zip(wanted, image.shape[1:], strict=True)]
             image = image if self.antialias else image.float()
             image = F.interpolate(image[None], size, mode="bilinear", antialias=self.antialias)[0]
-        spare = [side - self.resolution for side in image.shape[1:]]
+        spare = [s - p for s, p in zip(image.shape[1:], wanted, strict=True)]
         if place is None:
             top, left = (pixels // 2 for pixels in spare)
         else:
             top, left = (int(share * (pixels + 1)) for share, pixels in zip(place, spare, strict=True))
-        return image[:, top : top + self.resolution, left : left + self.resolution]
+        return image[:, top : top + wanted[0], left : left + wanted[1]]
 
 
 class _Stored(Dataset[dict[str, Any]]):
