@@ -21,7 +21,7 @@ from typing import Any
 from experiments.ablations.arms import Comparison, Curve, Run, finished_run, logged_curve, tokenized
 
 EXPERIMENTS = Path(__file__).parent.parent
-FULL, SHORT, FACTOR = 128, 32, 4  # pixel frames, and those of a latent frame
+FULL, SHORT, FACTOR = 128, 32, 8  # pixel frames, and those of a latent frame
 FULL_LENGTH_FROM = 0.7
 ARMS = ("curriculum", "full length", "short and slid")
 
@@ -75,13 +75,13 @@ SIZES = {
         ),
     ),
     "short": Size(
-        steps=1300,
+        steps=1200,
         seeds={"curriculum": 2, "full length": 2, "short and slid": 2},
         num_train=1024,
         num_val=64,
-        samples=8,
-        tokenizer=(),
-        prior=("--data.batch_size=2",),
+        samples=16,
+        tokenizer=("--trainer.max_steps=450",),
+        prior=("--data.batch_size=4",),
     ),
     "long": Size(
         steps=20_000,
@@ -128,11 +128,12 @@ def compare(length: str, folder: Path) -> dict[str, Comparison]:
             runs.append(finished_run(folder, arm, seed, train))
     past = sum(run.scores["nll_50"] < baseline for run in runs)
     setting = (
-        f"Moving shapes, {FULL} frames; as many tokens as {size.steps} steps on whole clips. `overall` and the scores "
-        f"before it are the oracle's, of {size.samples} videos a run; NLL in nats per token on {size.num_val} held-out "
-        f"clips, mean over four mask ratios and at one half. Counting, given the code at the same place one latent "
-        f"frame before: {baseline:.3f} nats; {past} of {len(runs)} runs are past it. The curves are those of each "
-        "arm's own validation (that of the third on short clips), against the tokens seen, in steps on whole clips."
+        f"Moving shapes, {FULL} frames, {FACTOR} to a latent frame; as many tokens as {size.steps} "
+        f"steps on whole clips. `overall` and the scores before it are the oracle's, of {size.samples} videos a run; "
+        f"NLL in nats per token on {size.num_val} held-out clips, mean over four mask ratios and at one half. "
+        f"Counting, given the code at the same place one latent frame before: {baseline:.3f} nats; {past} of "
+        f"{len(runs)} runs are past it. The curves are those of each arm's own validation (that of the third on short "
+        "clips), against the tokens seen, in steps on whole clips."
     )
     shared: dict[str, Any] = {"runs": runs, "watched": "validation NLL, nats per token", "setting": setting}
     return {
@@ -146,13 +147,16 @@ def compare(length: str, folder: Path) -> dict[str, Comparison]:
 
 
 def trained_tokenizer(size: Size, folder: Path) -> Path:
-    """Train the demo's tokenizer once, and return its bundle."""
+    """Train the demo's tokenizer, with longer latent frames, once; return its bundle."""
     bundle = folder / "tokenizer"
     if not bundle.exists():
         from experiments.export import main as export
         from experiments.lightning_cli import run
 
-        run(["fit", f"--config={EXPERIMENTS / 'demo_tokenizer.yaml'}", f"--run_root={folder}", *size.tokenizer])
+        factors = f"[{FACTOR},8,8]"
+        coarser = [f"--model.tokenizer.{part}.downsample={factors}" for part in ("encoder", "decoder")]
+        words = [f"--config={EXPERIMENTS / 'demo_tokenizer.yaml'}", *coarser, *size.tokenizer]
+        run(["fit", *words, f"--run_root={folder}"])
         newest = max((folder / "demo_tokenizer").glob("version_*"), key=lambda version: version.stat().st_mtime)
         export([str(newest / "checkpoints/last.ckpt"), str(bundle)])
     return bundle
