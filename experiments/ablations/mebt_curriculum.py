@@ -22,6 +22,7 @@ from experiments.ablations.arms import Comparison, Curve, Run, finished_run, log
 
 EXPERIMENTS = Path(__file__).parent.parent
 FULL, SHORT, FACTOR = 128, 32, 8  # pixel frames, and those of a latent frame
+DOWNSAMPLE = f"[{FACTOR},8,8]"
 FULL_LENGTH_FROM = 0.7
 ARMS = ("curriculum", "full length", "short and slid")
 
@@ -153,8 +154,7 @@ def trained_tokenizer(size: Size, folder: Path) -> Path:
         from experiments.export import main as export
         from experiments.lightning_cli import run
 
-        factors = f"[{FACTOR},8,8]"
-        coarser = [f"--model.tokenizer.{part}.downsample={factors}" for part in ("encoder", "decoder")]
+        coarser = [f"--model.tokenizer.{part}.downsample={DOWNSAMPLE}" for part in ("encoder", "decoder")]
         words = [f"--config={EXPERIMENTS / 'demo_tokenizer.yaml'}", *coarser, *size.tokenizer]
         run(["fit", *words, f"--run_root={folder}"])
         newest = max((folder / "demo_tokenizer").glob("version_*"), key=lambda version: version.stat().st_mtime)
@@ -172,6 +172,7 @@ def prior_words(size: Size, tokenizer: Path, frames: int) -> list[str]:
         *size.prior,
         *resolution,
         f"--model.tokenizer={tokenizer}",
+        f"--model.downsample={DOWNSAMPLE}",
         f"--data.num_frames={frames}",
         f"--data.batch_size={batch_size * many}",
         "--data.val_batch_size=4",
@@ -240,6 +241,7 @@ def trained(
             f"--trainer.max_steps={steps}",
             f"--trainer.val_check_interval={max(1, steps // 8)}",
             f"--checkpoint.every_n_train_steps={steps}",
+            "--samples.at_validation=false",
             f"--run_root={place}",
         ]
     )
