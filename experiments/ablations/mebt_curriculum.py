@@ -250,20 +250,22 @@ def trained(
         (tokens_seen(arm, round(step), steps), value)
         for step, value in logged_curve(Path(str(fit.trainer.log_dir)), "val/loss")
     ]
-    scores = oracle_scores(model, size) | likelihood(model, codes[FULL])
+    scores = oracle_scores(model, size, place) | likelihood(model, codes[FULL])
     (place / "about.json").write_text(json.dumps({"steps": steps, "frames": frames}) + "\n")
     return curve, scores
 
 
-def oracle_scores(model: Any, size: Size) -> dict[str, float]:
-    """Mean scores of videos of 128 frames; the short arm slides."""
+def oracle_scores(model: Any, size: Size, place: Path) -> dict[str, float]:
+    """Mean scores of videos of 128 frames, of which a sheet is kept; the short arm slides."""
     import torch
 
+    from callbacks.media import contact_sheet
     from lightning_modules.generator import Condition
     from models.metrics.shapes_oracle import score_clips
 
-    videos = [model.generate(Condition(), FULL, torch.tensor([seed])) for seed in range(size.samples)]
-    return {name: values.mean().item() for name, values in score_clips(torch.cat(videos)).as_dict().items()}
+    videos = torch.cat([model.generate(Condition(), FULL, torch.tensor([seed])) for seed in range(size.samples)])
+    contact_sheet(videos[:4]).save(place / "sheet.png")
+    return {name: values.mean().item() for name, values in score_clips(videos).as_dict().items()}
 
 
 def likelihood(model: Any, codes: Path) -> dict[str, float]:
