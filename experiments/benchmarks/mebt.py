@@ -91,12 +91,12 @@ def measure(case: Case) -> tuple[float, float]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    before = _reset_peak(device)
+    before = reset_peak(device)
     times = [step() for _ in range(1 + case.repeats)]
-    return min(times[1:] or times), max(1, _peak(device) - before)  # at toy sizes, freed memory may do
+    return min(times[1:] or times), max(1, peak_memory(device) - before)  # at toy sizes, freed memory may do
 
 
-def _reset_peak(device: str) -> int:
+def reset_peak(device: str) -> int:
     """Forget the highest memory use so far; bytes in use now."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -105,7 +105,8 @@ def _reset_peak(device: str) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak_memory(device: str) -> int:
+    """Most bytes in use since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 

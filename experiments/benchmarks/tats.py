@@ -4,14 +4,17 @@ All networks are 24 blocks of width 256 (published: 1024) with random weights: t
 codes alone, without the tokenizer, which both systems share.
 """
 
+import multiprocessing
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.benchmarks.mebt import peak_memory, reset_peak
 from experiments.benchmarks.report import Measurement, seconds_of
 from models.blocks.causal import KVCache
 from models.priors.autoregressive import AutoregressiveSampling, slide
@@ -126,49 +129,42 @@ def long_rows(sizes: dict[str, int]) -> list[Measurement]:
     ]
 
 
-def peak_megabytes(function: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of a call, and by how much the memory of this process rose at most (Linux; NaN elsewhere)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def resident(name: str) -> float:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) / 1024
-
-    if reset.exists():
-        reset.write_text("5")  # the peak begins anew
-        before = resident("VmRSS")
-    start = time.perf_counter()
-    function()
-    seconds = time.perf_counter() - start
-    return seconds, resident("VmHWM") - before if reset.exists() else float("nan")
-
-
-def comparison_rows(sizes: dict[str, int], frames: tuple[int, ...]) -> list[Measurement]:
-    """Seconds and memory of one sample of MeBT and of TATS, of the same width and the same codes."""
-    rows = []
-    seeds = torch.tensor([1])
-    sizes = sizes | {"side": min(sizes["side"], 8)}
-    tats = network_of(sizes, 4)
-    settings = AutoregressiveSampling(top_k=None, top_p=None, context_frames=1, new_frames=1)
-    for count in frames:
-        tokens = count // 4 * sizes["side"] ** 2
+@torch.inference_mode()
+def sample_cost(system: str, frames: int, sizes: dict[str, int]) -> tuple[float, float]:
+    """Seconds and MiB of one sample: by how much the memory of this process, which had better be a fresh one, rose."""
+    tokens, nothing = frames // 4 * sizes["side"] ** 2, torch.zeros(1, 1, dtype=torch.int64)
+    noise = seeded_noise(torch.tensor([1]), "cpu")
+    if system == "MeBT":
         mebt = MeBT(sizes["codes"], tokens, sizes["dim"], sizes["heads"], num_latents=sizes["latents"]).eval()
         positions = torch.arange(tokens)[None]
+        decoding = ConfidenceDecoding(num_steps=sizes["steps"])
+        sample = partial(
+            confidence_decode, mebt, torch.zeros_like(positions), positions[:, :0], positions, decoding, noise
+        )
+    else:
+        settings = AutoregressiveSampling(top_k=None, top_p=None, context_frames=1, new_frames=1)
+        sample = partial(slide, network_of(sizes, 4), nothing, frames // 4, settings, noise)
+    before = reset_peak("cpu")
+    start = time.perf_counter()
+    sample()
+    return time.perf_counter() - start, (peak_memory("cpu") - before) / 2**20
 
-        def by_mebt(mebt: MeBT = mebt, positions: Tensor = positions) -> None:
-            nothing = torch.zeros_like(positions)
-            decoding = ConfidenceDecoding(num_steps=sizes["steps"])
-            confidence_decode(mebt, nothing, positions[:, :0], positions, decoding, seeded_noise(seeds, "cpu"))
 
-        def by_tats(count: int = count) -> None:
-            start = torch.zeros(1, 1, dtype=torch.int64)
-            slide(tats, start, count // 4, settings, seeded_noise(seeds, "cpu"))
-
-        for name, function in (("MeBT", by_mebt), ("TATS", by_tats)):
-            seconds, megabytes = peak_megabytes(function)
-            details = {"system": name, "frames": count, "tokens": tokens, "megabytes": megabytes}
-            rows.append(Measurement(f"{name}, {count} frames", seconds, "s", details=details))
-            rows.append(Measurement(f"{name}, {count} frames: memory", megabytes, "MiB"))
+def comparison_rows(sizes: dict[str, int], frames: tuple[int, ...], apart: bool) -> list[Measurement]:
+    """Seconds and memory of one sample of MeBT and of TATS, of the same width and the same codes."""
+    cases = [
+        (system, count, sizes | {"side": min(sizes["side"], 8)}) for count in frames for system in ("MeBT", "TATS")
+    ]
+    if apart:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            costs = pool.starmap(sample_cost, cases, chunksize=1)
+    else:
+        costs = [sample_cost(*case) for case in cases]
+    rows = []
+    for (name, count, _), (seconds, megabytes) in zip(cases, costs, strict=True):
+        details = {"system": name, "frames": count, "tokens": count // 4 * cases[0][2]["side"] ** 2}
+        rows.append(Measurement(f"{name}, {count} frames", seconds, "s", details=details | {"megabytes": megabytes}))
+        rows.append(Measurement(f"{name}, {count} frames: memory", megabytes, "MiB"))
     return rows
 
 
@@ -211,7 +207,9 @@ def run(quick: bool) -> list[Measurement]:
     sizes = {"side": 16, "codes": 16384, "dim": 256, "depth": 24, "heads": 4, "latents": 256, "steps": 32}
     if quick:
         sizes = {"side": 4, "codes": 32, "dim": 16, "depth": 2, "heads": 2, "latents": 8, "steps": 4}
-    rows = cache_rows(sizes) + long_rows(sizes) + comparison_rows(sizes, FRAMES[:2] if quick else FRAMES)
+    rows = (
+        cache_rows(sizes) + long_rows(sizes) + comparison_rows(sizes, FRAMES[:2] if quick else FRAMES, apart=not quick)
+    )
     if torch.cuda.is_available() and not quick:
         published = TATS(16384, (4, 16, 16), 1024, 24, 16).eval()
         rows += published_size_rows(published.to("cuda", torch.bfloat16))
@@ -235,6 +233,7 @@ def plot(measurements: list[Measurement], file: Path) -> None:
         for panel, values in zip(axes, (seconds, megabytes), strict=True):
             panel.loglog(frames, [max(value, 0.1) for value in values], marker="o", label=name)  # no zeros on a log
             panel.set_xticks(frames, [str(count) for count in frames], minor=False)
+            panel.minorticks_off()
             panel.set_xlabel("frames")
     axes[0].set_ylabel("seconds a sample")
     axes[1].set_ylabel("peak memory above the networks, MiB")
