@@ -233,7 +233,7 @@ def plot(measurements: list[Measurement], file: Path) -> None:
         for panel, values in zip(axes, (seconds, megabytes), strict=True):
             panel.loglog(frames, [max(value, 0.1) for value in values], marker="o", label=name)  # no zeros on a log
             panel.set_xticks(frames, [str(count) for count in frames], minor=False)
-            panel.minorticks_off()
+            panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             panel.set_xlabel("frames")
     axes[0].set_ylabel("seconds a sample")
     axes[1].set_ylabel("peak memory above the networks, MiB")
