@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from experiments.benchmarks.report import Measurement
+from experiments.benchmarks.report import Measurement, peak_memory, reset_peak
 from models.blocks.attention import Attention
 from models.priors.mebt import PUBLISHED_STACK, BlockKind, MeBT
 from models.random import keyed_generator
@@ -94,25 +94,6 @@ def measure(case: Case) -> tuple[float, float]:
     before = reset_peak(device)
     times = [step() for _ in range(1 + case.repeats)]
     return min(times[1:] or times), max(1, peak_memory(device) - before)  # at toy sizes, freed memory may do
-
-
-def reset_peak(device: str) -> int:
-    """Forget the highest memory use so far; bytes in use now."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak_memory(device: str) -> int:
-    """Most bytes in use since `reset_peak`."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def measured(cases: Sequence[Case], apart: bool) -> list[tuple[float, float]]:

@@ -90,6 +90,25 @@ def seconds_in_turn(
     return tuple(sorted(times)[len(times) // 2] for times in zip(*rounds, strict=True))
 
 
+def reset_peak(device: str) -> int:
+    """Forget the highest memory use so far; bytes in use now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes in use since `reset_peak`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def report(name: str, measurements: Sequence[Measurement], folder: Path, quick: bool) -> None:
     """Print the table and write the file."""
     about = machine()

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.mebt import peak_memory, reset_peak
-from experiments.benchmarks.report import Measurement, seconds_of
+from experiments.benchmarks.report import Measurement, peak_memory, reset_peak, seconds_of
 from models.blocks.causal import KVCache
 from models.priors.autoregressive import AutoregressiveSampling, slide
 from models.priors.decoding import ConfidenceDecoding, confidence_decode, seeded_noise
