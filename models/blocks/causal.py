@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -66,9 +65,29 @@ class KVCache:
             if buffer is None or buffer.dtype != new.dtype:
                 buffer = new.new_zeros(*new.shape[:2], self.length, new.shape[3])
                 buffers[layer] = buffer
-            buffer.index_copy_(2, self._slots, new)
+            if self.is_static:
+                buffer.index_copy_(2, self._slots, new)
+            else:
+                buffer[:, :, self.filled : self._end] = new
             read.append(buffer[:, :, : self._end])
         return read[0], read[1]
+
+
+class FewRowsLinear(nn.Linear):
+    """A Linear layer that is also fast for the few rows of a decoding step on a CPU.
+
+    The usual product, in which the few rows stand on the left, leaves the cores little to share. With 2 to 32 rows the
+    weight therefore goes to the left: half to two thirds of the time at width 1024. One row is fast either way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[.., in_features]` to `[.., out_features]`."""
+        if x.device.type != "cpu" or not 2 <= (rows := x.numel() // self.in_features) <= 32:
+            return super().forward(x)
+        out = F.linear(self.weight, x.reshape(rows, -1)).t()  # [rows, out_features]
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)  # autocast
+        return out.view(*x.shape[:-1], -1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -88,10 +107,10 @@ class CausalSelfAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}. Choose a divisor (--model.num_heads).")
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.query = FewRowsLinear(dim, dim)
+        self.key = FewRowsLinear(dim, dim)
+        self.value = FewRowsLinear(dim, dim)
+        self.proj = FewRowsLinear(dim, dim)
         self.dropout = dropout
 
     def extra_repr(self) -> str:
@@ -110,15 +129,16 @@ class CausalSelfAttention(nn.Module):
         Returns:
             `[B, N, D]`.
         """
+        # what einops says in words takes it three times as long: noticeable where a step is one token
         q, k, v = (
-            rearrange(project(x), "b n (heads d) -> b heads n d", heads=self.num_heads)
+            project(x).view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # [B, heads, N, d]
             for project in (self.query, self.key, self.value)
         )
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             k, v = cache.update(layer, k, v)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(q.contiguous(), k, v, attn_mask=cache.mask, dropout_p=dropout)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        out = self.proj(rearrange(out, "b heads n d -> b n (heads d)"))
+        out = self.proj(out.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout, self.training)

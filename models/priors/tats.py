@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.blocks.causal import CausalSelfAttention, KVCache
+from models.blocks.causal import CausalSelfAttention, FewRowsLinear, KVCache
 from models.blocks.positions import sinusoidal_positions
 
 AttentionMask = Literal["causal", "open_boundaries", "closed_boundaries"]
@@ -69,7 +69,7 @@ class TATSBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.attention = CausalSelfAttention(dim, num_heads, dropout)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim), nn.Dropout(dropout)
+            FewRowsLinear(dim, mlp_ratio * dim), nn.GELU(), FewRowsLinear(mlp_ratio * dim, dim), nn.Dropout(dropout)
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
@@ -136,7 +136,7 @@ class TATS(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(TATSBlock(dim, num_heads, dropout=dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, condition_size + codebook_size, bias=False)  # not tied to the token embedding
+        self.head = FewRowsLinear(dim, condition_size + codebook_size, bias=False)  # not tied to the token embedding
         # the causal mask needs no buffer: the fused kernel knows it
         visible = None
         if mask != "causal":
