@@ -108,9 +108,8 @@ def long_rows(sizes: dict[str, int]) -> list[Measurement]:
     tokens = base.frame_tokens
     known = 2 * tokens  # start token and left frame, right frame without its last token
     positions = [known + 3 * tokens * (2 * i + 1) // 16 for i in range(8)]
-    cache = between.new_cache(is_static=False)
-    steps = [cached_step(between, cache, GAPS_AT_ONCE, position) for position in positions]
-    of_a_step = sum(seconds_of(step, least_seconds=0.2) for step in steps) / len(steps)
+    steps = (cached_step(between, between.new_cache(is_static=False), GAPS_AT_ONCE, place) for place in positions)
+    of_a_step = sum(seconds_of(step, least_seconds=0.2) for step in steps) / len(positions)
     gaps = latent_frames // 4
     hierarchical = (gaps + 1) * of_a_frame + gaps / GAPS_AT_ONCE * 3 * tokens * of_a_step
     details = {
