@@ -67,7 +67,7 @@ class KVCache:
                 buffers[layer] = buffer
             if self.is_static:
                 buffer.index_copy_(2, self._slots, new)
-            else:
+            else:  # cheaper, but another shape in each step
                 buffer[:, :, self.filled : self._end] = new
             read.append(buffer[:, :, : self._end])
         return read[0], read[1]
@@ -137,6 +137,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             k, v = cache.update(layer, k, v)
+            # the kernel is slow where the features of a query do not lie together, as after `FewRowsLinear`
             out = F.scaled_dot_product_attention(q.contiguous(), k, v, attn_mask=cache.mask, dropout_p=dropout)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
